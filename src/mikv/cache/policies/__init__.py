@@ -1,0 +1,42 @@
+"""Importance policies by name, one per file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mikv.cache.policies.base import ImportancePolicy
+from mikv.cache.policies.h2o import H2O
+from mikv.cache.policies.key_norm import KeyNorm
+from mikv.cache.policies.normalized import Normalized
+from mikv.cache.policies.random import Random
+from mikv.cache.policies.recency import Recency
+from mikv.cache.policies.window import Window
+from mikv.errors import ConfigError
+
+_POLICIES: dict[str, type[ImportancePolicy]] = {}
+
+
+def register_policy(policy: type[ImportancePolicy]) -> type[ImportancePolicy]:
+    """Make `policy` available as `MiKVConfig(policy=policy.name)`; usable as a class decorator.
+
+    Raises ConfigError if another policy has the name already.
+    """
+    if _POLICIES.get(policy.name, policy) is not policy:
+        raise ConfigError(f"a policy named {policy.name!r} exists already; give yours another name")
+    _POLICIES[policy.name] = policy
+    return policy
+
+
+def make_policy(name: str, options: Mapping[str, Any]) -> ImportancePolicy:
+    """The policy `name` with its options. Raises ConfigError for an unknown name or option."""
+    if name not in _POLICIES:
+        raise ConfigError(
+            f"policy={name!r} is not one of {', '.join(sorted(_POLICIES))}; your own needs mikv.register_policy first"
+        )
+    try:
+        return _POLICIES[name](**options)
+    except TypeError as error:
+        raise ConfigError(f"policy {name!r} does not take the options {dict(options)!r}: {error}") from error
+
+
+for _policy in (H2O, Normalized, Window, Recency, KeyNorm, Random):
+    register_policy(_policy)

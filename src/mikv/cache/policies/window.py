@@ -1,0 +1,40 @@
+"""Attention from the last queries only, pooled over neighbours (SnapKV, arXiv 2404.14469)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mikv.cache.policies.base import ImportancePolicy
+from mikv.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Window(ImportancePolicy):
+    """A token's importance is the attention from the last `window` queries, max-pooled over `pool` prompt tokens.
+
+    While decoding, older queries fade with the factor 1 - 1/window per step, which keeps the effective number of
+    queries at `window`.
+    """
+
+    window: int = 32
+    pool: int = 7
+    name: ClassVar[str] = "window"
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ConfigError(f"policy option window={self.window!r} must be a number of queries, 1 or more")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ConfigError(f"policy option pool={self.pool!r} must be an odd number of tokens")
+
+    @property
+    def query_window(self) -> int | None:
+        return self.window
+
+    def initial_scores(self, keys: Tensor, attention: Tensor) -> Tensor:
+        return torch.nn.functional.max_pool1d(attention, self.pool, stride=1, padding=self.pool // 2)
+
+    def update_scores(self, scores: Tensor, attention: Tensor, num_queries: int) -> Tensor:
+        fading: float = (1 - 1 / self.window) ** num_queries
+        return scores * fading + attention

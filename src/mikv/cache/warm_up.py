@@ -1,0 +1,98 @@
+"""The first tokens of a layer, exact, until there are enough to fit transforms on; and a full cache, exact for ever.
+
+B batch, H query heads, G KV heads, Tq new tokens, D head dim.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mikv.cache.columns import StepMask
+from mikv.cache.config import MiKVConfig
+from mikv.cache.policies.base import ImportancePolicy
+from mikv.cache.tiers import RawTokens
+from mikv.ops import AttentionOptions, score_prompt
+
+ExactAttention = Callable[[Tensor, Tensor], Tensor]
+
+
+class WarmUp:
+    """Raw tokens, and what the partition will need to know of the queries seen so far."""
+
+    def __init__(self, config: MiKVConfig, policy: ImportancePolicy, keys: Tensor) -> None:
+        """Empty, for tokens like keys (B, G, any, D)."""
+        self.config, self.policy = config, policy
+        self.tokens = RawTokens(keys[:, :, :0], keys[:, :, :0])
+        self.attention = torch.zeros(*keys.shape[:2], 0, device=keys.device)  # (B, G, columns)
+        self.query_max = torch.zeros(*keys.shape[:2], keys.shape[3], device=keys.device)  # (B, G, D)
+
+    def attend(
+        self,
+        queries: Tensor,
+        new: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        step: StepMask,
+        options: AttentionOptions,
+        exact: ExactAttention,
+    ) -> Tensor:
+        """Append `new` keys and values, attend exactly, and take note of the queries."""
+        self.tokens.append(*new)
+        if not self.config.keeps_everything_exact:
+            self._observe(queries, mask, step, options)
+        return exact(self.tokens.keys, self.tokens.values)
+
+    def _observe(self, queries: Tensor, mask: Tensor | None, step: StepMask, options: AttentionOptions) -> None:
+        num_kv_heads, num_queries = self.query_max.shape[1], queries.shape[2]
+        seen = queries.abs() if step.valid is None else queries.abs() * step.valid[:, None, :, None]
+        largest = seen.amax(2).unflatten(1, (num_kv_heads, -1)).amax(2).float()  # (B, G, D)
+        self.query_max = torch.maximum(self.query_max, largest)
+        self.attention = torch.nn.functional.pad(self.attention, (0, num_queries))
+        if not self.policy.uses_attention:
+            return
+        counted = min(num_queries, self.policy.query_window or num_queries)
+        visible = None if mask is None else (mask if mask.dtype == torch.bool else mask == 0)[:, :, -counted:]
+        weight = None if step.valid is None else step.valid[:, -counted:]
+        received = score_prompt(queries[:, :, -counted:], self.tokens.keys, visible, options, weight)
+        self.attention = self.policy.update_scores(self.attention, received, num_queries)
+
+    def crop(self, num_columns: int) -> None:
+        """Forget the last `num_columns`."""
+        self.tokens.crop(num_columns)
+        self.attention = self.attention[:, :, : self.attention.shape[2] - num_columns]
+
+    def select_rows(self, index: Tensor) -> None:
+        """Rows `index` (B',) become the rows."""
+        self.tokens.select_rows(index)
+        index = index.to(self.query_max.device)
+        self.attention, self.query_max = self.attention.index_select(0, index), self.query_max.index_select(0, index)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move all bytes to `device`."""
+        self.tokens.to(device)
+        self.attention, self.query_max = self.attention.to(device), self.query_max.to(device)
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """All bytes allocated."""
+        return {"warm_up": self.tokens.nbytes, "scores": self.attention.nbytes + self.query_max.nbytes}
+
+    def tokens_by_tier(self, num_tokens: int) -> dict[str, int]:
+        """Where the `num_tokens` tokens of all rows are."""
+        return {"warm_up": num_tokens}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors by name, and the rest as JSON types."""
+        tensors = {"keys": self.tokens.keys, "values": self.tokens.values}
+        return tensors | {"attention": self.attention, "query_max": self.query_max}, self._meta()
+
+    def _meta(self) -> dict[str, Any]:
+        return {"kind": "warm_up", "dtype": str(self.tokens.keys.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def restore(cls, config: MiKVConfig, policy: ImportancePolicy, tensors: Mapping[str, Tensor]) -> "WarmUp":
+        """The inverse of `state`."""
+        warm_up = cls(config, policy, tensors["keys"])
+        warm_up.tokens = RawTokens(tensors["keys"], tensors["values"])
+        warm_up.attention, warm_up.query_max = tensors["attention"], tensors["query_max"]
+        return warm_up

@@ -1,0 +1,1 @@
+"""Where mikv plugs into other libraries; each module needs the library it is named after."""

@@ -1,0 +1,108 @@
+"""What a cache holds and takes, in numbers: the answer to `MiKVCache.memory()`."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import torch
+
+from mikv.cache.layer import TwoTierLayer
+
+FP16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """One layer. `skipped` says why it is not compressed, and is None if it is.
+
+    bytes_by_part   allocated bytes; the parts add up to `bytes`
+    fp16_bytes      what keys and values of the same tokens take in 16-bit floats, padding not counted
+    tokens_by_tier  tokens of all rows
+    """
+
+    layer: int
+    skipped: str | None
+    bytes_by_part: dict[str, int]
+    fp16_bytes: int
+    tokens_by_tier: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """All bytes allocated for the layer."""
+        return sum(self.bytes_by_part.values())
+
+    @classmethod
+    def of_tiers(cls, layer: int, tokens: TwoTierLayer) -> Self:
+        """A compressed layer."""
+        num_tokens = sum(tokens.columns.num_tokens)
+        _, num_heads, head_dim = tokens.shape or (0, 0, 0)
+        fp16_bytes = num_tokens * num_heads * head_dim * 2 * FP16_BYTES
+        return cls(layer, None, tokens.bytes_by_part(), fp16_bytes, tokens.tokens_by_tier())
+
+    @classmethod
+    def of_other(cls, layer: int, skipped: str, cache_layer: Any) -> Self:
+        """A layer that transformers stores: every tensor it holds counts."""
+        tensors = [value for value in vars(cache_layer).values() if isinstance(value, torch.Tensor)]
+        states = [getattr(cache_layer, name, None) for name in ("keys", "values")]
+        numbers = sum(state.numel() for state in states if isinstance(state, torch.Tensor))
+        keys = states[0]
+        num_tokens = keys.shape[0] * keys.shape[2] if isinstance(keys, torch.Tensor) and keys.dim() == 4 else 0
+        parts = {"uncompressed": sum(tensor.nbytes for tensor in tensors)}
+        return cls(layer, skipped, parts, numbers * FP16_BYTES, {"uncompressed": num_tokens})
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """All layers of a cache. `print` shows a summary; `to_dict` is for JSON."""
+
+    layers: tuple[LayerMemory, ...]
+
+    @property
+    def bytes(self) -> int:
+        """All bytes allocated."""
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def fp16_bytes(self) -> int:
+        """What the same keys and values take in 16-bit floats."""
+        return sum(layer.fp16_bytes for layer in self.layers)
+
+    @property
+    def ratio(self) -> float:
+        """bytes / fp16_bytes, whatever the model's dtype; 0 for an empty cache."""
+        return self.bytes / self.fp16_bytes if self.fp16_bytes else 0.0
+
+    @property
+    def bytes_by_part(self) -> dict[str, int]:
+        """Bytes of all layers by part."""
+        return _summed(layer.bytes_by_part for layer in self.layers)
+
+    @property
+    def tokens_by_tier(self) -> dict[str, int]:
+        """Tokens of all rows and layers by tier."""
+        return _summed(layer.tokens_by_tier for layer in self.layers)
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        """Layers that are not compressed, and why."""
+        return {layer.layer: layer.skipped for layer in self.layers if layer.skipped}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Totals and layers as JSON types."""
+        totals = {
+            name: getattr(self, name) for name in ("bytes", "fp16_bytes", "ratio", "bytes_by_part", "tokens_by_tier")
+        }
+        layers = [asdict(layer) | {"bytes": layer.bytes} for layer in self.layers]
+        return totals | {"skipped": self.skipped, "layers": layers}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size:,}" for name, size in self.bytes_by_part.items() if size)
+        skipped = f"; {len(self.skipped)} layers uncompressed" if self.skipped else ""
+        return f"{self.bytes:,} bytes = {self.ratio:.3f} of fp16 ({parts}){skipped}"
+
+
+def _summed(counts: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in counts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0) + value
+    return {name: value for name, value in total.items() if value}
