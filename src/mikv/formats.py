@@ -13,6 +13,8 @@ Knows nothing about tiers, attention or models.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -32,12 +34,14 @@ PartShapes = dict[str, tuple[tuple[int, int], torch.dtype]]
 # Levels that minimise the mean squared error on N(0, 1) (Max 1960, table I), the non-negative half.
 _LLOYD_MAX_HALF = {
     2: (0.4528, 1.5104),
-    3: (0.2451, 0.7560, 1.3439, 2.1520),
-    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
+    3: (0.2451, 0.7560, 1.3439, 2.1519),
+    4: (0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180, 2.0690, 2.7326),
 }
 # Step of the best equidistant levels on N(0, 1) (Max 1960, table II). Eight bits span the largest value instead.
 _GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
-_SCALE_REFINEMENTS = 3
+# Candidate scales; a finer search gains 5 % of the squared error at 4 bits and less below.
+_SCALE_SEARCH = (0.75, 0.85, 0.95, 1.05)
+_BINS_PER_UNIT, _NUM_BINS = 64, 256
 
 
 class Format(Protocol):
@@ -145,18 +149,42 @@ class SymmetricFormat:
 
     def encode(self, x: Tensor) -> Parts:
         x = x.float()
-        levels = torch.tensor(self.levels, device=x.device)
-        boundaries = (levels[1:] + levels[:-1]) / 2
+        scale = _to_half(self._fit_scale(x.abs()), x, "scale")
+        magnitude = x.abs() / _nonzero(scale.float())
+        half = len(self.levels) // 2
+        index = torch.zeros_like(x, dtype=torch.uint8)  # of the level's magnitude
         if self.initial_scale is None:
-            scale = x.abs().amax(-1, keepdim=True) / self.levels[-1]  # (..., T, 1)
+            index = magnitude.floor_().clamp_max_(half - 1).to(torch.uint8)
         else:
-            scale = x.square().mean(-1, keepdim=True).sqrt() * self.initial_scale
-            for _ in range(_SCALE_REFINEMENTS):
-                chosen = levels[torch.bucketize(x / _nonzero(scale), boundaries)]
-                scale = (x * chosen).sum(-1, keepdim=True) / chosen.square().sum(-1, keepdim=True)
-        scale = _to_half(scale, x, "scale")
-        codes = torch.bucketize(x / _nonzero(scale.float()), boundaries, out_int32=True).to(torch.uint8)
+            for boundary in self._boundaries:
+                index += magnitude > boundary
+        codes = torch.where(x < 0, half - 1 - index, half + index)
         return {"codes": pack(codes, self.bits), "scale": scale}
+
+    def _fit_scale(self, magnitude: Tensor) -> Tensor:
+        """The scale (..., T, 1) of least squared error for magnitudes (..., T, D): a search, then one refinement.
+
+        The search sees magnitudes in bins of 1/64 of the root mean square; a table says what each becomes under each
+        candidate scale.
+        """
+        if self.initial_scale is None:
+            return magnitude.amax(-1, keepdim=True) / self.levels[-1]
+        root_mean_square = magnitude.square().mean(-1, keepdim=True).sqrt()  # (..., T, 1)
+        relative = magnitude / _nonzero(root_mean_square)
+        bins = (relative * _BINS_PER_UNIT).int().clamp_(0, _NUM_BINS - 1)  # NaN too gets a bin; its scale is refused
+        table = _rounding_table(self.levels, self.initial_scale, magnitude.device)
+        rounded = torch.nn.functional.embedding(bins, table)  # (..., T, D, candidates)
+        best = (rounded - relative[..., None]).square_().sum(-2).argmin(-1)[..., None, None]  # (..., T, 1, 1)
+        nearest = rounded.gather(-1, best.expand(*rounded.shape[:-1], 1))[..., 0]  # (..., T, D)
+        refinement = (relative * nearest).sum(-1, keepdim=True) / nearest.square().sum(-1, keepdim=True)
+        candidate = torch.tensor(_SCALE_SEARCH, device=magnitude.device)[best[..., 0]]
+        return root_mean_square * self.initial_scale * candidate * refinement
+
+    @property
+    def _boundaries(self) -> list[float]:
+        """Between the non-negative levels."""
+        half = self.levels[len(self.levels) // 2 :]
+        return [(lower + upper) / 2 for lower, upper in pairwise(half)]
 
     def decode(self, parts: Parts) -> Tensor:
         return unpack_levels(parts["codes"], self.bits, self.levels).mul_(parts["scale"].float())
@@ -198,6 +226,16 @@ def equidistant_levels(bits: int) -> tuple[float, ...]:
 def integer_levels(bits: int) -> tuple[float, ...]:
     """The codes themselves."""
     return tuple(float(code) for code in range(2**bits))
+
+
+@lru_cache(maxsize=32)
+def _rounding_table(levels: tuple[float, ...], initial_scale: float, device: torch.device) -> Tensor:
+    """(bins, candidates): what a magnitude in a bin, in units of the root mean square, becomes under each scale."""
+    middles = (torch.arange(_NUM_BINS) + 0.5) / _BINS_PER_UNIT
+    scales = torch.tensor(_SCALE_SEARCH) * initial_scale
+    half = torch.tensor(levels[len(levels) // 2 :])
+    distance = (middles[:, None, None] - scales[:, None] * half).abs()  # (bins, candidates, levels)
+    return (half[distance.argmin(-1)] * scales).to(device)
 
 
 def _round_to_nearest(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:

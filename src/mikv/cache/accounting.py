@@ -6,7 +6,7 @@ import torch
 
 from mikv.cache.config import MiKVConfig
 from mikv.cache.formats import layer_formats
-from mikv.cache.geometry import FULL_ATTENTION, CacheGeometry
+from mikv.cache.geometry import CacheGeometry
 from mikv.formats import BLOCK_TOKENS, Format
 
 FP16_BYTES = 2
@@ -31,9 +31,9 @@ def cache_bytes(config: MiKVConfig, geometry: CacheGeometry, num_tokens: int, ba
     per_row = geometry.num_kv_heads * geometry.head_dim * 2
     total, fp16_total = 0, 0
     for index, layer in enumerate(geometry.layers):
-        kept = num_tokens if layer.window is None else min(num_tokens, layer.window - 1)
+        kept = layer.num_cached(num_tokens)
         fp16_total += kept * per_row * FP16_BYTES
-        if layer.layer_type == FULL_ATTENTION and index not in config.skip_layers:
+        if layer.is_compressible and index not in config.skip_layers:
             total += layer_bytes(config, geometry, num_tokens)
         else:
             total += kept * per_row * geometry.model_dtype_bytes

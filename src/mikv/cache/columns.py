@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mikv.errors import UnsupportedModelError
-from mikv.ops import causal_mask
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class StepMask:
     """What a step's attention mask says about its new columns.
 
     valid  (B, Tq) bool, True for tokens, or None if all are
-    fresh  (B, 1, Tq, Tq) bool, which new columns a query sees, or None if all
+    fresh  (B, 1, Tq, Tq) bool, which new columns a query sees, or None if those up to its own
     """
 
     valid: Tensor | None
@@ -34,14 +33,14 @@ class Columns:
         self.num_tokens = [0] * batch
         self.holes: list[list[tuple[int, int]]] = [[] for _ in range(batch)]  # padding, [start, stop) intervals
 
-    def read_step(self, mask: Tensor | None, num_queries: int, device: torch.device) -> StepMask:
+    def read_step(self, mask: Tensor | None, num_queries: int) -> StepMask:
         """Split a mask (B, 1, Tq, columns + Tq) into what it says about the new columns.
 
         Raises UnsupportedModelError if it hides stored tokens, shows padding, differs between heads or adds a bias:
         low-tier tokens have no place, so a mask cannot pick among them.
         """
         if mask is None:
-            return StepMask(None, causal_mask(num_queries, num_queries, device) if num_queries > 1 else None)
+            return StepMask(None, None)
         visible = _as_bool(mask)
         fresh = visible[..., self.num_columns :]
         if fresh.shape[-1] != num_queries:

@@ -1,7 +1,7 @@
 """What a cache does, as one frozen value: `MiKVConfig` and the named presets."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from math import ceil
 from pathlib import Path
@@ -38,11 +38,11 @@ class MiKVConfig:
     warmup_tokens     tokens are kept exact until this many are there to fit the transforms on
     skip_layers       layers that stay uncompressed
 
-    Frozen; unknown options and impossible values raise ConfigError; `to_json`/`from_json` round-trip.
+    Frozen; impossible values raise ConfigError, and so do unknown settings in files; `to_json`/`from_json` round-trip.
     Source: arXiv 2402.18096 for the structure, docs/LOG.md for the defaults.
     """
 
-    importance_ratio: float = 0.1
+    importance_ratio: float = 0.08
     high: str = "int8"
     low_k: str = "int4"
     low_v: str = "int3"
@@ -69,11 +69,10 @@ class MiKVConfig:
         if low is not None:
             object.__setattr__(self, "low_k", low)
             object.__setattr__(self, "low_v", low)
-        object.__setattr__(self, "balancer_exponents", tuple(self.balancer_exponents))
-        object.__setattr__(self, "protected", tuple(tuple(span) for span in self.protected))
-        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
         self._check_choices()
         self._check_numbers()
+        self._check_sequences()
+        self._check_policy()
 
     def _check_choices(self) -> None:
         _require_choice("high", self.high, HIGH_FORMATS)
@@ -86,25 +85,38 @@ class MiKVConfig:
                 f"low_k={self.low_k!r} with low_v={self.low_v!r}: a token is dropped with both its key and its value; "
                 "use low='drop'"
             )
-
-        from mikv.cache.policies import make_policy  # PyTorch is not imported before a configuration is made
-
-        make_policy(self.policy, self.policy_options)
+        for name in ("center_keys", "balance_keys", "hadamard_keys", "center_values", "hadamard_values"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
 
     def _check_numbers(self) -> None:
-        _require_share("importance_ratio", self.importance_ratio)
-        _require_share("recent_share", self.recent_share)
+        for name in ("importance_ratio", "recent_share"):
+            if not _is_share(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a number between 0 and 1")
         for name in ("min_recent", "sinks", "warmup_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"{name}={value!r} must be a whole number of tokens, 0 or more")
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            if not _is_count(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a whole number of tokens, 0 or more")
+        if self.group_size is not None and not (_is_count(self.group_size) and self.group_size):
             raise ConfigError(f"group_size={self.group_size!r} must be a positive whole number of channels, or None")
-        if len(self.balancer_exponents) != 2 or any(not 0 <= e <= 1 for e in self.balancer_exponents):
+
+    def _check_sequences(self) -> None:
+        """Lists, as JSON has them, become tuples."""
+        exponents = _tuple_of("balancer_exponents", self.balancer_exponents, _is_share, "two numbers between 0 and 1")
+        if len(exponents) != 2:
             raise ConfigError(f"balancer_exponents={self.balancer_exponents!r} must be two numbers between 0 and 1")
-        for span in self.protected:
-            if len(span) != 2 or not 0 <= span[0] < span[1]:
-                raise ConfigError(f"protected span {span!r} must be (start, stop) with 0 <= start < stop")
+        spans = _tuple_of("protected", self.protected, _is_span, "a list of (start, stop) with 0 <= start < stop")
+        skipped = _tuple_of("skip_layers", self.skip_layers, _is_count, "a list of layer numbers, 0 or more")
+        object.__setattr__(self, "balancer_exponents", exponents)
+        object.__setattr__(self, "protected", tuple(tuple(span) for span in spans))
+        object.__setattr__(self, "skip_layers", skipped)
+
+    def _check_policy(self) -> None:
+        from mikv.cache.policies import make_policy  # PyTorch is not imported before a configuration is made
+
+        if not isinstance(self.policy_options, Mapping):
+            raise ConfigError(f"policy_options={self.policy_options!r} must be a mapping of names to values")
+        object.__setattr__(self, "policy_options", dict(self.policy_options))
+        make_policy(self.policy, self.policy_options)
 
     @property
     def keeps_everything_exact(self) -> bool:
@@ -126,8 +138,7 @@ class MiKVConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain JSON types."""
-        settings = asdict(self)
-        return json.loads(json.dumps(settings | {"policy_options": dict(self.policy_options)}))
+        return json.loads(json.dumps(asdict(self)))
 
     def to_json(self) -> str:
         """All settings as a JSON object."""
@@ -159,6 +170,8 @@ class MiKVConfig:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the configuration {path} is not text: {error}") from error
         return cls.from_json(text)
 
     @classmethod
@@ -177,7 +190,7 @@ class MiKVConfig:
         """
         from mikv.cache.accounting import cache_bytes
 
-        if not 0 < budget <= 1:
+        if not _is_share(budget) or budget == 0:
             raise ConfigError(f"budget={budget!r} must be a share of the fp16 bytes, more than 0 and at most 1")
         geometry = CacheGeometry.from_model_config(model_config)
         ratios = {name: cache_bytes(cls.preset(name), geometry, num_tokens).ratio for name in BEST_FIRST}
@@ -211,9 +224,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-int2": _PAPER | {"low": "int2"},
     "paper-int3": _PAPER | {"low": "int3"},
     "paper-int4": _PAPER | {"low": "int4"},
-    "lossless": {"importance_ratio": 0.2, "high": "int8", "low": "int4"},
-    "balanced": {"importance_ratio": 0.1, "high": "int8", "low_k": "int4", "low_v": "int3"},
-    "small": {"importance_ratio": 0.1, "high": "int4", "low_k": "int3", "low_v": "int2"},
+    "lossless": {"importance_ratio": 0.05, "high": "int8", "low_k": "int8", "low_v": "int4"},
+    "balanced": {"importance_ratio": 0.08, "high": "int8", "low_k": "int4", "low_v": "int3"},
+    "small": {"importance_ratio": 0.05, "high": "int8", "low_k": "int3", "low_v": "int2"},
 }
 BEST_FIRST = ("lossless", "balanced", "small")
 
@@ -223,6 +236,19 @@ def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
 
 
-def _require_share(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ConfigError(f"{name}={value!r} must be a number between 0 and 1")
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_span(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_count, value)) and value[0] < value[1]
+
+
+def _tuple_of(name: str, value: object, is_valid: Callable[[object], bool], what: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)) or not all(map(is_valid, value)):
+        raise ConfigError(f"{name}={value!r} must be {what}")
+    return tuple(value)

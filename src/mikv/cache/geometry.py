@@ -1,4 +1,4 @@
-"""The shape of a model's cache: layers, KV heads, head dim. Reads transformers configurations without importing them."""
+"""The shape of a model's cache: layers, KV heads, head dim. Reads configurations, does not import transformers."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -6,14 +6,27 @@ from typing import Any, Self
 from mikv.errors import UnsupportedModelError
 
 FULL_ATTENTION = "full_attention"
+_NO_KEYS = ("linear_attention", "conv", "dummy")  # layers with a state of fixed size, or without any
 
 
 @dataclass(frozen=True)
 class LayerGeometry:
-    """One layer: its type as transformers names it, and its window if it only keeps one."""
+    """One layer: its type as transformers names it, its window if it only keeps one, whether other layers read it too."""
 
     layer_type: str
     window: int | None
+    shared: bool = False
+
+    @property
+    def is_compressible(self) -> bool:
+        """Whether mikv can take the layer's tokens apart: all of them are there, and no other layer wants them plain."""
+        return self.layer_type == FULL_ATTENTION and not self.shared
+
+    def num_cached(self, num_tokens: int) -> int:
+        """How many of `num_tokens` tokens have keys and values in the layer after a step."""
+        if self.layer_type in _NO_KEYS:
+            return 0
+        return num_tokens if self.window is None else min(num_tokens, self.window - 1)
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,19 @@ def refuse_latent_attention(config: Any) -> None:
         )
 
 
+def shared_layers(config: Any) -> tuple[frozenset[int], frozenset[int]]:
+    """Layers whose keys and values others read again, and those others (Gemma 3n and 4): (sources, readers)."""
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is not None:
+        sources, readers = ({i for i, mode in enumerate(modes) if mode == which} for which in ("store", "reuse"))
+        return frozenset(sources), frozenset(readers)
+    num_readers = getattr(config, "num_kv_shared_layers", None) or 0  # transformers 5.16
+    types = config.layer_types if num_readers else []
+    own = types[: len(types) - num_readers]
+    sources = {max(i for i, kind in enumerate(own) if kind == wanted) for wanted in set(own)}
+    return frozenset(sources), frozenset(range(len(own), len(types)))
+
+
 def _layer_geometries(config: Any) -> tuple[LayerGeometry, ...]:
     sliding = getattr(config, "sliding_window", None)
     chunk = getattr(config, "attention_chunk_size", None)
@@ -65,4 +91,8 @@ def _layer_geometries(config: Any) -> tuple[LayerGeometry, ...]:
         inferred = "sliding_attention" if sliding else "chunked_attention" if chunk else FULL_ATTENTION
         layer_types = [inferred] * config.num_hidden_layers
     windows = {"sliding_attention": sliding, "chunked_attention": chunk}
-    return tuple(LayerGeometry(layer_type, windows.get(layer_type)) for layer_type in layer_types)
+    sources, readers = shared_layers(config)
+    return tuple(
+        LayerGeometry("dummy" if i in readers else layer_type, windows.get(layer_type), i in sources)
+        for i, layer_type in enumerate(layer_types)
+    )

@@ -5,8 +5,8 @@ packed    every token is in the high or the low tier; a step attends to both and
           appends those to the high tier, and demotes the least important ones, 32 at a time
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ from mikv.cache.policies import make_policy
 from mikv.cache.warm_up import ExactAttention, WarmUp
 from mikv.errors import CacheStateError, NumericsError
 from mikv.ops import AttentionOptions
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _writable_in_any_mode(method: Callable[P, R]) -> Callable[P, R]:
+    """Switch autograd and inference mode off: what is allocated can then be written again in any mode."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 class TwoTierLayer:
@@ -50,13 +58,16 @@ class TwoTierLayer:
 
         keys and values (B, G, Tq, D) are the new tokens; `mask` (B, 1, Tq, columns + Tq) is transformers' boolean mask
         or None for causal; `exact(keys, values)` is the model's own attention over unpacked tokens. Returns
-        (B, H, Tq, D). Raises UnsupportedModelError for masks that tiers cannot honour, NumericsError for NaN and Inf.
+        (B, H, Tq, D), for inference: going backward through it raises CacheStateError. Raises UnsupportedModelError for
+        masks that tiers cannot honour, NumericsError for NaN and Inf.
         """
         try:
-            return self._attend(queries, (keys, values), mask, options, exact)
+            output = self._attend(queries, (keys, values), mask, options, exact)
         except NumericsError as error:
             raise NumericsError(f"layer {self.layer_idx}: {error}") from error
+        return _Inference.apply(output, queries)  # type: ignore[no-untyped-call]
 
+    @_writable_in_any_mode
     def _attend(
         self,
         queries: Tensor,
@@ -67,14 +78,14 @@ class TwoTierLayer:
     ) -> Tensor:
         if self.tokens is None:
             self._begin(new[0])
-        step = self.columns.read_step(mask, queries.shape[2], queries.device)
+        step = self.columns.read_step(mask, queries.shape[2])
         if isinstance(self.tokens, Packed):
             output = self.tokens.attend(queries, new, step, options, self.columns)
         else:
             assert self.tokens is not None
             output = self.tokens.attend(queries, new, mask, step, options, exact)
         self.columns.advance(step.valid, queries.shape[2])
-        self._settle()
+        self.settle()
         return output
 
     def _begin(self, keys: Tensor) -> None:
@@ -83,7 +94,8 @@ class TwoTierLayer:
         self.shape = (keys.shape[0], keys.shape[1], keys.shape[3])
         self.tokens = WarmUp(self.config, self.policy, keys)
 
-    def _settle(self) -> None:
+    @_writable_in_any_mode
+    def settle(self) -> None:
         """Bring the tiers to their budget, if that is due and allowed."""
         if self.holds_demotion or self.config.keeps_everything_exact:
             return
@@ -96,10 +108,17 @@ class TwoTierLayer:
         """From now on demote only in `crop`, so that whatever is appended between two crops can be taken back."""
         self.holds_demotion = True
 
-    def crop(self, num_columns: int) -> None:
-        """Take back the last `num_columns`. Raises CacheStateError, changing nothing, if some were demoted already."""
+    def require_croppable(self, num_columns: int) -> None:
+        """Raise CacheStateError if some of the last `num_columns` were demoted already."""
         if num_columns > self.columns.num_columns:
             raise CacheStateError(f"cannot take back {num_columns} tokens of {self.columns.num_columns}")
+        if isinstance(self.tokens, Packed):
+            self.tokens.slots_without_last(num_columns, self.columns)
+
+    @_writable_in_any_mode
+    def crop(self, num_columns: int) -> None:
+        """Take back the last `num_columns`. Raises CacheStateError, changing nothing, if some were demoted already."""
+        self.require_croppable(num_columns)
         if isinstance(self.tokens, Packed):
             self.tokens.crop(num_columns, self.columns)
         elif self.tokens is not None:
@@ -107,9 +126,10 @@ class TwoTierLayer:
         self.columns.crop(num_columns)
         held, self.holds_demotion = self.holds_demotion, False
         if self.tokens is not None:
-            self._settle()
+            self.settle()
         self.holds_demotion = held
 
+    @_writable_in_any_mode
     def select_rows(self, index: Tensor) -> None:
         """Rows `index` (B',) become the rows: for beam search, and to repeat or pick rows."""
         if self.tokens is None or self.shape is None:
@@ -118,6 +138,7 @@ class TwoTierLayer:
         self.tokens.select_rows(index)
         self.shape = (len(index), *self.shape[1:])
 
+    @_writable_in_any_mode
     def to(self, device: torch.device | str) -> None:
         """Move all bytes to `device`."""
         if self.tokens is not None:
@@ -141,9 +162,11 @@ class TwoTierLayer:
         tensors, meta = self.tokens.state()
         return tensors, meta | {"columns": self.columns.to_dict(), "shape": self.shape}
 
+    @_writable_in_any_mode
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """The inverse of `state`. Raises KeyError, TypeError or ValueError if the parts do not fit together."""
         self.reset()
+        tensors = {name: tensor.clone() if tensor.is_inference() else tensor for name, tensor in tensors.items()}
         if meta["kind"] == "empty":
             return
         batch, num_heads, head_dim = (int(size) for size in meta["shape"])
@@ -153,3 +176,15 @@ class TwoTierLayer:
             self.tokens = WarmUp.restore(self.config, self.policy, tensors)
         else:
             self.tokens = Packed.restore(self.config, self.policy, tensors, meta, self.shape)
+
+
+class _Inference(torch.autograd.Function):
+    """Passes attention on; a training step that goes back through it is stopped, codes have no gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, queries: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        raise CacheStateError("a MiKV cache has no gradients; train with use_cache=False")

@@ -29,6 +29,9 @@ from mikv.transforms import (
     hadamard_block_size,
 )
 
+# Tokens that are transformed and quantized at once: their temporaries stay in the processor's second-level cache.
+TILE_TOKENS = 4 * BLOCK_TOKENS
+
 
 class Packed:
     """Both tiers and the transforms of what they hold. `low` is None if demoted tokens are dropped."""
@@ -61,8 +64,6 @@ class Packed:
             valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=device)
         packed = cls(warm_up.config, warm_up.policy, keys, fit_transforms(warm_up, valid))
         scores = packed.policy.initial_scores(keys, warm_up.attention)
-        transformed = packed.key_transform.encode(keys), packed.value_transform.encode(values)
-        high_source = transformed if packed.high_is_transformed else (keys, values)
 
         choices = []
         for row, count in enumerate(columns.num_tokens):
@@ -71,10 +72,14 @@ class Packed:
             demoted, kept = choose(take(scores[row], tokens), positions, count, packed.config, packed.policy)
             choices.append((take(tokens, demoted), take(tokens, kept), take(positions, kept)))
         packed.high.table.resize(packed._high_capacity(max(kept.shape[1] for _, kept, _ in choices), columns))
+        if packed.low is not None:
+            packed.low.table.resize(max(demoted.shape[1] for demoted, _, _ in choices) // BLOCK_TOKENS)
         for row, (demoted, kept, positions) in enumerate(choices):
-            packed._store_low(row, take(transformed[0][row], demoted), take(transformed[1][row], demoted))
-            high = [take(source[row], kept) for source in high_source]
-            packed.high.append(row, high[0], high[1], take(scores[row], kept), positions)
+            for tokens in demoted.split(TILE_TOKENS, dim=1):
+                packed._store_low(row, take(keys[row], tokens), take(values[row], tokens))
+            for tokens, places in zip(kept.split(TILE_TOKENS, 1), positions.split(TILE_TOKENS, 1), strict=True):
+                new = take(keys[row], tokens), take(values[row], tokens)
+                packed._store_high(row, new, take(scores[row], tokens), places)
         return packed
 
     def attend(
@@ -82,7 +87,7 @@ class Packed:
     ) -> Tensor:
         """Attend to both tiers and exactly to the `new` keys and values; score the high tier; append the new tokens."""
         num_queries = queries.shape[2]
-        segments = [self._high_segment(), Segment.of_tensors(*new, step.fresh)]
+        segments = [self._high_segment(), Segment.of_tensors(*new, step.fresh, causal=step.fresh is None)]
         if self.low is not None:
             segments.append(self._low_segment(self.low))
         weight = self._query_weight(step, num_queries, len(columns.num_tokens))
@@ -91,7 +96,9 @@ class Packed:
 
         scores = self.high.scores[:, :, : self.high.table.used]
         scores.copy_(self.policy.update_scores(scores, received[0], num_queries))
-        attention = received[1] if self.policy.uses_attention else no_attention(new[0])
+        attention = no_attention(new[0])
+        if self.policy.uses_attention:
+            attention = self.policy.update_scores(attention, received[1], num_queries)
         self._append(new, self.policy.initial_scores(new[0], attention), step.valid, columns)
         return output
 
@@ -103,18 +110,25 @@ class Packed:
                 continue
             scores, positions = self.high.scores[row, :, :count], self.high.positions[row, :, :count]
             demoted, kept = choose(scores, positions, num_tokens, self.config, self.policy)
+            if not demoted.shape[1]:
+                continue  # what is over the budget is protected
             keys, values = self.high.take(row, demoted)
-            if not self.high_is_transformed:
-                keys = self.key_transform.of_row(row).encode(keys)
-                values = self.value_transform.of_row(row).encode(values)
-            self._store_low(row, keys, values)
+            self._store_low(row, keys, values, transformed=self.high_is_transformed)
             table.keep(row, kept)
         needed = self._high_capacity(table.used, columns)
-        if table.capacity > needed + BLOCK_TOKENS:
-            table.resize(needed)  # a long chunk has passed through
+        if table.capacity > needed:
+            table.resize(needed)  # a chunk of several tokens has passed through
 
     def crop(self, num_columns: int, columns: Columns) -> None:
         """Take back the last `num_columns`. Raises CacheStateError, changing nothing, if some were demoted already."""
+        for row, slots in enumerate(self.slots_without_last(num_columns, columns)):
+            self.high.table.keep(row, slots)
+
+    def slots_without_last(self, num_columns: int, columns: Columns) -> list[Tensor]:
+        """Per row, the slots (G, n) of all high tokens but those of the last `num_columns`.
+
+        Raises CacheStateError if some of those are in the low tier.
+        """
         kept_slots = []
         for row, gone in enumerate(columns.tokens_in_last(num_columns)):
             positions = self.high.positions[row, :, : self.high.table.counts[row]]
@@ -126,8 +140,7 @@ class Packed:
                     f"now {self.config.min_recent}"
                 )
             kept_slots.append(stays.int().argsort(dim=1, descending=True, stable=True)[:, : positions.shape[1] - gone])
-        for row, slots in enumerate(kept_slots):
-            self.high.table.keep(row, slots)
+        return kept_slots
 
     def select_rows(self, index: Tensor) -> None:
         """Rows `index` (B',) become the rows."""
@@ -210,19 +223,17 @@ class Packed:
         return Segment(low.num_tokens, low.keys, low.values, mask, transformed=True)
 
     def _query_weight(self, step: StepMask, num_queries: int, batch: int) -> Tensor | None:
-        """Which queries (B, Tq) the policy counts: tokens, and only the last ones if it looks through a window."""
-        window = self.policy.query_window
-        if window is None or window >= num_queries:
+        """Which queries (B, Tq) the policy counts: of tokens only, and only those that it asks."""
+        counted = self.policy.counted_queries(num_queries)
+        if len(range(num_queries)[counted]) == num_queries:
             return step.valid
         weight = torch.zeros(batch, num_queries, dtype=torch.bool, device=self.high.scores.device)
-        weight[:, -window:] = True
+        weight[:, counted] = True
         return weight if step.valid is None else weight & step.valid
 
     def _append(self, new: tuple[Tensor, Tensor], scores: Tensor, valid: Tensor | None, columns: Columns) -> None:
         """Put new tokens into the high tier."""
         keys, values = new
-        if self.high_is_transformed:
-            keys, values = self.key_transform.encode(keys), self.value_transform.encode(values)
         table = self.high.table
         needed = table.used + keys.shape[2]
         if needed > table.capacity:
@@ -231,11 +242,23 @@ class Packed:
             chosen = slice(None) if valid is None else valid[row]
             row_scores = scores[row][:, chosen]
             positions = torch.arange(first, first + row_scores.shape[1], device=scores.device).expand_as(row_scores)
-            self.high.append(row, keys[row][:, chosen], values[row][:, chosen], row_scores, positions)
+            self._store_high(row, (keys[row][:, chosen], values[row][:, chosen]), row_scores, positions)
 
-    def _store_low(self, row: int, keys: Tensor, values: Tensor) -> None:
-        if self.low is not None and keys.shape[1]:
-            self.low.append(row, keys, values)
+    def _store_high(self, row: int, new: tuple[Tensor, Tensor], scores: Tensor, positions: Tensor) -> None:
+        """Append keys and values (G, n, D) as the model made them to a row of the high tier."""
+        keys, values = self._transformed(row, *new) if self.high_is_transformed else new
+        self.high.append(row, keys, values, scores, positions)
+
+    def _store_low(self, row: int, keys: Tensor, values: Tensor, transformed: bool = False) -> None:
+        """Append keys and values (G, 32 * n, D) to a row of the low tier, or drop them."""
+        if self.low is None:
+            return
+        if not transformed:
+            keys, values = self._transformed(row, keys, values)
+        self.low.append(row, keys, values)
+
+    def _transformed(self, row: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.key_transform.of_row(row).encode(keys), self.value_transform.of_row(row).encode(values)
 
     def _high_capacity(self, num_slots: int, columns: Columns) -> int:
         longest = max(columns.num_tokens, default=0)

@@ -17,7 +17,8 @@ def choose(
     tokens never are, ties leave by age. Both results (G, m) and (G, n - m) are ordered by position.
     """
     protected = protected_tokens(positions, num_tokens, config)
-    priority = policy.priority(scores, positions, num_tokens).masked_fill(protected, torch.inf)
+    finite = policy.priority(scores, positions, num_tokens).nan_to_num()  # nothing outranks what is protected
+    priority = finite.masked_fill(protected, torch.inf)
     excess = scores.shape[1] - config.high_budget(num_tokens)
     movable = int((~protected).sum(1).min())
     count = max(0, min(excess, movable)) // BLOCK_TOKENS * BLOCK_TOKENS

@@ -187,10 +187,10 @@ class RawTokens:
         return self._keys.nbytes + self._values.nbytes
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add columns (B, G, N, D); grows by 1/16 at least, so appending is amortised."""
+        """Add columns (B, G, N, D). The first take what they need; later growth is by 1/16, so that it is amortised."""
         needed = self.num_columns + keys.shape[2]
         if needed > self._keys.shape[2]:
-            capacity = needed + needed // 16
+            capacity = needed + (needed // 16 if self.num_columns else 0)
             self._keys, self._values = (_grown(x, self.num_columns, capacity) for x in (self._keys, self._values))
         self._keys[:, :, self.num_columns : needed] = keys
         self._values[:, :, self.num_columns : needed] = values

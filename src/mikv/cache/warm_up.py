@@ -51,10 +51,11 @@ class WarmUp:
         self.attention = torch.nn.functional.pad(self.attention, (0, num_queries))
         if not self.policy.uses_attention:
             return
-        counted = min(num_queries, self.policy.query_window or num_queries)
-        visible = None if mask is None else (mask if mask.dtype == torch.bool else mask == 0)[:, :, -counted:]
-        weight = None if step.valid is None else step.valid[:, -counted:]
-        received = score_prompt(queries[:, :, -counted:], self.tokens.keys, visible, options, weight)
+        counted = self.policy.counted_queries(num_queries)
+        visible = None if mask is None else (mask if mask.dtype == torch.bool else mask == 0)[:, :, counted]
+        weight = None if step.valid is None else step.valid[:, counted]
+        chosen = queries[:, :, counted]
+        received = score_prompt(chosen, self.tokens.keys, visible, options, weight, stride=counted.step)
         self.attention = self.policy.update_scores(self.attention, received, num_queries)
 
     def crop(self, num_columns: int) -> None:

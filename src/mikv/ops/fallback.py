@@ -32,7 +32,8 @@ class Segment:
 
     `keys(start, stop)` and `values(start, stop)` decode tokens to (B, G, stop - start, D) float32, in the basis of the
     transforms if `transformed`. `mask` is True where a query may look, broadcastable to (B, 1, Tq, T); None is
-    everywhere.
+    everywhere. `causal` tokens end with the queries' own: a query sees itself and all before it, and no Tq x T mask is
+    needed to say so.
     """
 
     num_tokens: int
@@ -40,9 +41,10 @@ class Segment:
     values: Callable[[int, int], Tensor]
     mask: Tensor | None
     transformed: bool
+    causal: bool = False
 
     @classmethod
-    def of_tensors(cls, keys: Tensor, values: Tensor, mask: Tensor | None) -> "Segment":
+    def of_tensors(cls, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> "Segment":
         """Tokens held as plain tensors (B, G, T, D)."""
         return cls(
             keys.shape[2],
@@ -50,6 +52,7 @@ class Segment:
             lambda start, stop: values[:, :, start:stop].float(),
             mask,
             transformed=False,
+            causal=causal,
         )
 
 
@@ -69,13 +72,14 @@ def attend(
     num_tokens = sum(segment.num_tokens for segment in segments)
     step = max(1, _MAX_LOGITS // max(1, batch * num_heads * num_tokens))
     if step >= num_queries:
-        return _attend_tile(queries, segments, transforms, options, query_weight)
+        sliced = [_as_seen_by(queries, slice(0, num_queries), segment) for segment in segments]
+        return _attend_tile(queries, sliced, transforms, options, query_weight)
     outputs: list[Tensor] = []
     received: list[Tensor] | None = None
     for start in range(0, num_queries, step):
         rows = slice(start, start + step)
         weight = None if query_weight is None else query_weight[:, rows]
-        sliced = [_rows_of(segment, rows) for segment in segments]
+        sliced = [_as_seen_by(queries, rows, segment) for segment in segments]
         output, part = _attend_tile(queries[:, :, rows], sliced, transforms, options, weight)
         outputs.append(output)
         received = part if received is None else [total + new for total, new in zip(received, part, strict=True)]
@@ -89,14 +93,17 @@ def score_prompt(
     mask: Tensor | None,
     options: AttentionOptions,
     query_weight: Tensor | None = None,
+    stride: int = 1,
 ) -> Tensor:
-    """The attention that tokens (B, G, T, D) receive from the last Tq of them, without the Tq x T matrix.
+    """The attention that tokens (B, G, T, D) receive from Tq of them, without the Tq x T matrix.
 
-    Summed over the group's heads and over the queries (B, H, Tq, D) weighted by `query_weight` (B, Tq). `mask`
+    The queries (B, H, Tq, D) are those of every `stride`-th token and end with the last token's. Their attention is
+    summed over the group's heads and over the queries, weighted by `query_weight` (B, Tq). `mask`
     (B, 1, Tq, T) is True where a query may look; None is causal. Returns (B, G, T) float32. Extra memory: tiles of
     logits of 8 MiB, whatever T.
     """
     num_kv_heads, num_queries = keys.shape[1], queries.shape[2]
+    columns = range(keys.shape[2] - 1 - (num_queries - 1) * stride, keys.shape[2], stride)  # of the queries
     received = torch.zeros(keys.shape[:3], device=keys.device)
     grouped = queries.unflatten(1, (num_kv_heads, -1))  # (B, G, R, Tq, D)
     sinks = None if options.sinks is None else options.sinks.float().reshape(num_kv_heads, -1)
@@ -105,6 +112,7 @@ def score_prompt(
             received[row, head] = _score_head(
                 grouped[row, head].float() * options.scale,
                 keys[row, head].float(),
+                columns,
                 None if mask is None else mask[min(row, mask.shape[0] - 1), 0],
                 replace(options, sinks=None if sinks is None else sinks[head]),
                 torch.ones(num_queries, device=keys.device) if query_weight is None else query_weight[row].float(),
@@ -113,28 +121,39 @@ def score_prompt(
 
 
 def _score_head(
-    queries: Tensor, keys: Tensor, mask: Tensor | None, options: AttentionOptions, query_weight: Tensor
+    queries: Tensor,
+    keys: Tensor,
+    columns: range,
+    mask: Tensor | None,
+    options: AttentionOptions,
+    query_weight: Tensor,
 ) -> Tensor:
     """`score_prompt` for the queries (R, Tq, D), already scaled, of one KV head with keys (T, D): (T,) float32."""
     num_heads, num_queries, head_dim = queries.shape
-    past = keys.shape[0] - num_queries
     received = torch.zeros(keys.shape[0], device=keys.device)
     step = max(1, _MAX_LOGITS // (num_heads * keys.shape[0]))
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
-        seen = past + stop  # later tokens are out of sight of the whole tile
+        # later tokens are out of sight of the whole tile
+        seen = columns[stop - 1] + 1 if mask is None else _last_visible(mask[start:stop])
         logits = (queries[:, start:stop].reshape(-1, head_dim) @ keys[:seen].mT).view(num_heads, stop - start, seen)
         logits = _capped(logits, options.softcap)
         if mask is None:
-            logits[..., past + start :].masked_fill_(
-                ~causal_mask(stop - start, stop - start, keys.device)[0], -torch.inf
-            )
+            first = columns[start]
+            own = torch.tensor(columns[start:stop], device=keys.device)[:, None]
+            logits[..., first:].masked_fill_(torch.arange(first, seen, device=keys.device) > own, -torch.inf)
         else:
             logits.masked_fill_(~mask[start:stop, :seen], -torch.inf)
         sinks = None if options.sinks is None else options.sinks[:, None, None]
         probabilities = _softmax(logits, sinks, may_be_blind=mask is not None)
         received[:seen] += (query_weight[start:stop].repeat(num_heads) @ probabilities.flatten(0, 1)).squeeze(0)
     return received
+
+
+def _last_visible(mask: Tensor) -> int:
+    """How many of the tokens it takes to hold all that the queries (Tq, T) see; at least 1."""
+    visible = mask.any(0).nonzero()
+    return int(visible[-1]) + 1 if len(visible) else 1
 
 
 def causal_mask(num_queries: int, num_tokens: int, device: torch.device) -> Tensor:
@@ -246,8 +265,12 @@ def _tiles(num_tokens: int) -> list[tuple[int, int]]:
     return [(start, min(start + TILE_TOKENS, num_tokens)) for start in range(0, num_tokens, TILE_TOKENS)]
 
 
-def _rows_of(segment: Segment, rows: slice) -> Segment:
-    """The segment as the queries `rows` see it."""
+def _as_seen_by(queries: Tensor, rows: slice, segment: Segment) -> Segment:
+    """The segment with the mask of the queries `rows` of (B, H, Tq, D)."""
+    num_queries, num_tokens = queries.shape[2], segment.num_tokens
+    if segment.causal and num_queries > 1:
+        seen = torch.ones(len(range(num_queries)[rows]), num_tokens, dtype=torch.bool, device=queries.device)
+        return replace(segment, mask=seen.tril(num_tokens - num_queries + rows.start)[None, None])
     if segment.mask is None or segment.mask.shape[2] == 1:
         return segment
     return replace(segment, mask=segment.mask[:, :, rows])

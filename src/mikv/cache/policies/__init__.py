@@ -1,6 +1,7 @@
 """Importance policies by name, one per file."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from mikv.cache.policies.base import ImportancePolicy
@@ -28,14 +29,18 @@ def register_policy(policy: type[ImportancePolicy]) -> type[ImportancePolicy]:
 
 def make_policy(name: str, options: Mapping[str, Any]) -> ImportancePolicy:
     """The policy `name` with its options. Raises ConfigError for an unknown name or option."""
-    if name not in _POLICIES:
+    policy = _POLICIES.get(name) if isinstance(name, str) else None
+    if policy is None:
         raise ConfigError(
             f"policy={name!r} is not one of {', '.join(sorted(_POLICIES))}; your own needs mikv.register_policy first"
         )
     try:
-        return _POLICIES[name](**options)
+        return policy(**options)
     except TypeError as error:
-        raise ConfigError(f"policy {name!r} does not take the options {dict(options)!r}: {error}") from error
+        known = ", ".join(signature(policy).parameters) or "none"
+        raise ConfigError(
+            f"policy {name!r} does not take the options {dict(options)!r}: {error}; it takes {known}"
+        ) from error
 
 
 for _policy in (H2O, Normalized, Window, Recency, KeyNorm, Random):

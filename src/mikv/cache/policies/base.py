@@ -20,10 +20,9 @@ class ImportancePolicy:
     name: ClassVar[str]
     uses_attention: ClassVar[bool] = True
 
-    @property
-    def query_window(self) -> int | None:
-        """Count only the last this many queries of a prompt or chunk; None counts all."""
-        return None
+    def counted_queries(self, num_queries: int) -> slice:
+        """Which queries of a prompt or chunk are counted, with a stop of None: the last one always is."""
+        return slice(0, None, 1)
 
     def initial_scores(self, keys: Tensor, attention: Tensor) -> Tensor:
         """Scores (B, G, T) of new tokens from their keys (B, G, T, D) and the attention they received so far.
@@ -34,7 +33,7 @@ class ImportancePolicy:
         return attention
 
     def update_scores(self, scores: Tensor, attention: Tensor, num_queries: int) -> Tensor:
-        """Scores after `num_queries` more queries gave the tokens `attention`, both (B, G, T)."""
+        """Scores after the counted ones of `num_queries` more queries gave the tokens `attention`, both (B, G, T)."""
         return scores + attention
 
     def priority(self, scores: Tensor, positions: Tensor, num_tokens: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mikv.cache.policies.base import ImportancePolicy
+from mikv.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,10 @@ class Random(ImportancePolicy):
     seed: int = 0
     name: ClassVar[str] = "random"
     uses_attention: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int):
+            raise ConfigError(f"policy option seed={self.seed!r} must be a whole number")
 
     def priority(self, scores: Tensor, positions: Tensor, num_tokens: int) -> Tensor:
         # the finaliser of MurmurHash3, on 32 bits held in int64

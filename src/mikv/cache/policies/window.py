@@ -23,14 +23,13 @@ class Window(ImportancePolicy):
     name: ClassVar[str] = "window"
 
     def __post_init__(self) -> None:
-        if self.window < 1:
+        if not isinstance(self.window, int) or self.window < 1:
             raise ConfigError(f"policy option window={self.window!r} must be a number of queries, 1 or more")
-        if self.pool < 1 or self.pool % 2 == 0:
+        if not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
             raise ConfigError(f"policy option pool={self.pool!r} must be an odd number of tokens")
 
-    @property
-    def query_window(self) -> int | None:
-        return self.window
+    def counted_queries(self, num_queries: int) -> slice:
+        return slice(max(0, num_queries - self.window), None, 1)
 
     def initial_scores(self, keys: Tensor, attention: Tensor) -> Tensor:
         return torch.nn.functional.max_pool1d(attention, self.pool, stride=1, padding=self.pool // 2)

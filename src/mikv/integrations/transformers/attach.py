@@ -33,10 +33,15 @@ class Attachment:
 
         @functools.wraps(prepare)
         def prepare_mikv_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            chosen = model_kwargs.get("past_key_values") or generation_config.cache_implementation
+            # a DynamicCache without layers yet is false, but the caller's choice
+            chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation
             if not chosen and generation_config.use_cache is not False:
-                self.cache = MiKVCache(self.model.config, self.config)
-                model_kwargs["past_key_values"] = self.cache
+                cache = MiKVCache(self.model.config, self.config)
+                model_kwargs["past_key_values"] = cache
+                if generation_config.is_assistant:
+                    cache.activate_past_recording()  # as transformers does with the caches that it makes for drafts
+                else:
+                    self.cache = cache
             prepare(generation_config, model_kwargs, *args, **kwargs)
 
         setattr(self.model, _HOOK, prepare_mikv_cache)

@@ -15,10 +15,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mikv.errors import CacheStateError, UnsupportedModelError
-from mikv.ops import AttentionOptions, Segment, attend, causal_mask
+from mikv.ops import AttentionOptions, Segment, attend
 
 NAME = "mikv"
-_CARRIER = "_mikv_layer"
+# What may be asked of keys that are in a cache: their properties, and what torch.compile wants to know of its inputs.
+_FACTS = frozenset(
+    ("__get__", "dim", "size", "stride", "storage_offset", "untyped_storage", "is_conj", "is_neg", "_is_view")
+)
 # Keyword arguments with which models change the arithmetic of attention in ways mikv does not reproduce.
 _REFUSED = ("position_bias", "head_mask", "indices")
 
@@ -43,10 +46,33 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def carrier(keys: Tensor, layer: CacheLayer) -> Tensor:
-    """A zero-length key tensor (B, G, 0, D) that carries `layer` through the model to `mikv_attention`."""
-    empty = keys[:, :, :0]
-    setattr(empty, _CARRIER, layer)
+class Carrier(Tensor):
+    """A zero-length key tensor (B, G, 0, D) that carries `layer` through the model to `mikv_attention`.
+
+    Attention that knows nothing of it would find no tokens and answer with zeros, so whatever else computes with it, or
+    changes it on the way, gets a CacheStateError.
+    """
+
+    layer: CacheLayer
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Refuse everything but questions."""
+        if func.__name__ not in _FACTS:
+            raise CacheStateError(
+                f"{func.__name__} was called on keys that are in a MiKV cache, so the model does not compute its attention "
+                "with 'mikv' or changes keys after the cache; load the model with attn_implementation='mikv', and call "
+                "cache.reset() before using this cache again"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def carrier(keys: Tensor, layer: CacheLayer) -> Carrier:
+    """A tensor like `keys` (B, G, any, D), but empty, that carries `layer`."""
+    empty = keys[:, :, :0].as_subclass(Carrier)
+    empty.layer = layer
     return empty
 
 
@@ -67,27 +93,23 @@ def mikv_attention(
 
     Raises UnsupportedModelError for arithmetic that mikv does not reproduce (position biases, attention dropout).
     """
-    layer: CacheLayer | None = getattr(key, _CARRIER, None)
     options = AttentionOptions(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
 
     def exact(keys: Tensor, values: Tensor) -> Tensor:
         return _exact_attention(module, query, (keys, values), attention_mask, options, dropout, **kwargs)
 
-    if layer is None:
-        if key.shape[2] == 0 and query.shape[2] > 0:
-            raise CacheStateError(
-                f"{type(module).__name__} changed the keys between the cache and the attention function, so mikv "
-                "cannot tell which layer they belong to; this model is not supported"
-            )
+    if not isinstance(key, Carrier):
         return exact(key, value).transpose(1, 2).contiguous(), None
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} passes {name} to its attention, which mikv does not support"
             )
+    if kwargs.get("output_attentions"):
+        raise UnsupportedModelError("output_attentions=True: mikv never computes the matrix of attention weights")
     if dropout:
         raise UnsupportedModelError(f"attention dropout of {dropout} while using a MiKV cache; call model.eval() first")
-    return layer.attend(query, attention_mask, options, exact).transpose(1, 2).contiguous(), None
+    return key.layer.attend(query, attention_mask, options, exact).transpose(1, 2).contiguous(), None
 
 
 def _exact_attention(
@@ -104,8 +126,6 @@ def _exact_attention(
     if options.softcap is None and options.sinks is None:
         output, _ = sdpa_attention_forward(module, query, keys, values, mask, dropout, options.scale, **kwargs)
         return output.transpose(1, 2)
-    num_queries = query.shape[2]
-    if mask is None and num_queries > 1 and getattr(module, "is_causal", True):
-        mask = causal_mask(num_queries, keys.shape[2], keys.device)
     visible = mask if mask is None or mask.dtype == torch.bool else mask == 0
-    return attend(query, [Segment.of_tensors(keys, values, visible)], None, options)[0]
+    causal = mask is None and getattr(module, "is_causal", True)
+    return attend(query, [Segment.of_tensors(keys, values, visible, causal)], None, options)[0]

@@ -15,7 +15,7 @@ from transformers.cache_utils import (
 )
 
 from mikv.cache.config import MiKVConfig
-from mikv.cache.geometry import FULL_ATTENTION, refuse_latent_attention, text_config
+from mikv.cache.geometry import FULL_ATTENTION, refuse_latent_attention, shared_layers, text_config
 from mikv.cache.layer import TwoTierLayer
 from mikv.errors import CacheStateError, ConfigError, UnsupportedModelError
 from mikv.integrations.transformers import attention
@@ -101,10 +101,15 @@ class MiKVLayer(CacheLayerMixin):
     def record_past(self, value: bool) -> None:
         self.tokens.holds_demotion = value
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens. Raises CacheStateError if some were demoted already."""
+    def require_croppable(self, tokens_to_remove: int) -> None:
+        """Raise CacheStateError if `crop` would."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove")
+        self.tokens.require_croppable(-tokens_to_remove)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens. Raises CacheStateError if some were demoted already."""
+        self.require_croppable(tokens_to_remove)
         self.tokens.crop(-tokens_to_remove)
 
     def reset(self) -> None:
@@ -156,20 +161,22 @@ class MiKVCache(Cache):
         self._model_config = text_config(model_config)
         refuse_latent_attention(self._model_config)
         attention.register()
-        layer_types, layer_kwargs = get_layer_types_and_kwargs(self._model_config)
-        self.layer_types = list(layer_types)
+        self._kinds = _layer_types_and_kwargs(self._model_config)
+        self.layer_types = [layer_type for layer_type, _ in self._kinds]
+        self._shared, _ = shared_layers(self._model_config)
         self._require_layers(self.config.skip_layers)
-        layers = [
-            self._make_layer(i, kind, kw) for i, (kind, kw) in enumerate(zip(layer_types, layer_kwargs, strict=True))
-        ]
+        layers = self._make_layers()
         super().__init__(layers=layers)
         self._offloads = offloading
         self._use_mikv_attention()
         if not any(isinstance(layer, MiKVLayer) for layer in layers):
             logger.warning("no layer of this model has full attention, so MiKVCache compresses nothing; see memory()")
 
+    def _make_layers(self) -> list[Any]:
+        return [self._make_layer(i, layer_type, kwargs) for i, (layer_type, kwargs) in enumerate(self._kinds)]
+
     def _make_layer(self, layer_idx: int, layer_type: str, kwargs: dict[str, Any]) -> Any:
-        if layer_type == FULL_ATTENTION and layer_idx not in self.config.skip_layers:
+        if layer_type == FULL_ATTENTION and layer_idx not in {*self.config.skip_layers, *self._shared}:
             return MiKVLayer(self.config, layer_idx, self._after_attend)
         return DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs)
 
@@ -206,6 +213,22 @@ class MiKVCache(Cache):
             self.layers[layer_idx].prefetch()
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens from all layers or from none.
+
+        Raises CacheStateError if a layer has demoted some of them, RuntimeError if a sliding window has dropped older
+        ones that it would need again; `activate_past_recording` before the tokens come prevents both.
+        """
+        for layer in self.layers:
+            if isinstance(layer, MiKVLayer):
+                layer.require_croppable(tokens_to_remove)
+        # transformers' layers refuse before they change anything, and ours have been asked, so those go first
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, MiKVLayer)):
+            layer.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        self.layers = self._make_layers()  # a reset of transformers 5.16 leaves its own layers unusable
+
     def _after_attend(self, layer_idx: int) -> None:
         if self._offloads:
             self.layers[layer_idx].offload()
@@ -220,6 +243,8 @@ class MiKVCache(Cache):
             return LayerMemory.of_tiers(layer_idx, layer.tokens)
         if layer_idx in self.config.skip_layers:
             reason = "named in skip_layers"
+        elif layer_idx in self._shared:
+            reason = "other layers read its keys and values too"
         else:
             reason = f"{layer_type}: only full_attention is compressed"
         return LayerMemory.of_other(layer_idx, reason, layer)
@@ -236,3 +261,11 @@ class MiKVCache(Cache):
         from mikv.integrations.transformers.checkpoint import load_cache
 
         return load_cache(path, model_config)
+
+
+def _layer_types_and_kwargs(model_config: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Type and constructor arguments of every layer."""
+    layer_types, kwargs = get_layer_types_and_kwargs(model_config)
+    # transformers 5.16 returns one dictionary for all layers
+    per_layer = [kwargs] * len(layer_types) if isinstance(kwargs, dict) else kwargs
+    return list(zip(layer_types, per_layer, strict=False))  # early exit lowers num_hidden_layers, but not layer_types

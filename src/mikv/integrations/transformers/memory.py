@@ -40,11 +40,12 @@ class LayerMemory:
 
     @classmethod
     def of_other(cls, layer: int, skipped: str, cache_layer: Any) -> Self:
-        """A layer that transformers stores: every tensor it holds counts."""
-        tensors = [value for value in vars(cache_layer).values() if isinstance(value, torch.Tensor)]
-        states = [getattr(cache_layer, name, None) for name in ("keys", "values")]
-        numbers = sum(state.numel() for state in states if isinstance(state, torch.Tensor))
-        keys = states[0]
+        """A layer that transformers stores: every tensor it holds counts, also the states of linear attention."""
+        attributes = vars(cache_layer).values()
+        values = [x for value in attributes for x in (value.values() if isinstance(value, dict) else (value,))]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        numbers = sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+        keys = getattr(cache_layer, "keys", None)
         num_tokens = keys.shape[0] * keys.shape[2] if isinstance(keys, torch.Tensor) and keys.dim() == 4 else 0
         parts = {"uncompressed": sum(tensor.nbytes for tensor in tensors)}
         return cls(layer, skipped, parts, numbers * FP16_BYTES, {"uncompressed": num_tokens})

@@ -1,0 +1,77 @@
+"""`mikv demo`: one fact, one document, six caches."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mikv.cli.options import ModelOption, load_for_cli
+from mikv.models import BUNDLED_MODEL, find_model
+
+if TYPE_CHECKING:
+    from mikv.lab.demo import DemoRow
+
+
+def demo(
+    model: ModelOption = BUNDLED_MODEL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Hide a fact in a document of 3,000 tokens and ask for it through six caches."""
+    find_model(model)
+
+    from mikv.lab.demo import FACT, FORCED_TOKENS, QUESTION, run_demo
+
+    loaded = load_for_cli(model, quiet=as_json)
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=as_json,
+    )
+    with progress:
+        task = progress.add_task("", total=FORCED_TOKENS)
+
+        def show(cache: str, tokens: int) -> None:
+            doing = "reading the document and answering" if tokens == 0 else "reading on, token by token"
+            progress.update(task, description=f"{cache}: {doing}", completed=tokens)
+
+        result = run_demo(loaded.name, loaded.model, loaded.tokenizer, on_progress=show)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    console = Console()
+    console.print(f"\n{result.model}, a prompt of {result.prompt_tokens:,} tokens. Early in it:\n  [italic]{FACT}[/]")
+    console.print(f"Asked at its end: [italic]{QUESTION}[/]\n")
+    console.print(_table(result.rows))
+    console.print(
+        "\nMiB: all that is allocated, scales and bookkeeping included; of fp16: its share of the same cache in 16-bit\n"
+        f"floats; tokens/s, KL and top-1: over the {FORCED_TOKENS} tokens that follow, read one at a time through the cache."
+    )
+    if not all(row.correct for row in result.rows if row.cache in ("full", "balanced")):
+        raise typer.Exit(1)
+
+
+def _table(rows: "tuple[DemoRow, ...]") -> Table:
+    table = Table()
+    for name in ("cache", "answer"):
+        table.add_column(name)
+    for name in ("MiB", "of fp16", "tokens/s", "KL to full", "top-1"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        mark = "[green]✓[/]" if row.correct else "[red]✗[/]"
+        table.add_row(
+            row.cache,
+            f"{mark} {row.answer}",
+            f"{row.bytes / 2**20:.1f}",
+            f"{row.ratio:.1%}",
+            f"{row.decode_tokens_per_second:.1f}",
+            f"{row.kl_to_full:.4f}",
+            f"{row.top1_agreement:.1%}",
+        )
+    return table

@@ -1,0 +1,134 @@
+"""`mikv generate`: one prompt, one answer, and what its cache took."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mikv.cli.options import (
+    BudgetOption,
+    CacheChoice,
+    ConfigOption,
+    MaxNewTokensOption,
+    ModelOption,
+    PresetOption,
+    SeedOption,
+    SystemOption,
+    TemperatureOption,
+    load_for_cli,
+)
+from mikv.errors import ConfigError
+from mikv.models import BUNDLED_MODEL, find_model
+
+if TYPE_CHECKING:
+    from mikv.cli.answer import Answer
+    from mikv.integrations.transformers import MiKVCache
+    from mikv.models import LoadedModel
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt, or - to read it from stdin.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    model: ModelOption = BUNDLED_MODEL,
+    preset: PresetOption = None,
+    budget: BudgetOption = None,
+    config: ConfigOption = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = None,
+    system: SystemOption = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="With --json: the memory of every layer, too.")] = False,
+) -> None:
+    """Answer one prompt with a compressed KV cache."""
+    text = _read_prompt(prompt, prompt_file)
+    if raw and system is not None:
+        raise ConfigError("--raw and --system exclude each other: a system message needs the chat template")
+    if layers and not as_json:
+        raise ConfigError("--layers needs --json")
+    choice = CacheChoice.of_options(preset, budget, config)
+    find_model(model)
+
+    import torch
+
+    from mikv.cli.answer import AnswerOptions, answer, context_length, summary
+    from mikv.cli.progress import prefill_bar
+    from mikv.integrations.transformers import MiKVCache
+
+    loaded = load_for_cli(model, quiet=as_json)
+    cache = MiKVCache(loaded.model.config, choice.for_model(loaded.model.config))
+    token_ids = _prompt_ids(loaded, text, system, raw)
+    longest = context_length(loaded)
+    if longest is not None and len(token_ids) + max_new_tokens > longest:
+        raise ConfigError(
+            f"a prompt of {len(token_ids):,} tokens and {max_new_tokens:,} new ones are more than the {longest:,} that "
+            f"{model} was trained for; shorten the prompt or lower --max-new-tokens"
+        )
+    if seed is not None:
+        torch.manual_seed(seed)
+    options = AnswerOptions(max_new_tokens, temperature, on_text=_ignore if as_json else _write)
+    with prefill_bar(loaded.model, len(token_ids), quiet=as_json):
+        result = answer(loaded, token_ids, cache, options)
+    if as_json:
+        typer.echo(json.dumps(_record(model, result, cache, layers), ensure_ascii=False))
+    else:
+        typer.echo()
+        Console(stderr=True).print(summary(result, cache), style="dim", highlight=False, soft_wrap=True)
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if prompt is not None and prompt_file is not None:
+        raise ConfigError("PROMPT and --prompt-file exclude each other; give one of them")
+    source = prompt_file or "on stdin"
+    try:
+        if prompt_file is not None:
+            text = prompt_file.read_text(encoding="utf-8")
+        else:
+            text = sys.stdin.read() if prompt == "-" else prompt or ""
+    except OSError as error:
+        raise ConfigError(f"cannot read the prompt {source}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt {source} is not UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ConfigError("there is no prompt; give PROMPT, --prompt-file FILE, or - and the text on stdin")
+    return text
+
+
+def _prompt_ids(loaded: "LoadedModel", text: str, system: str | None, raw: bool) -> list[int]:
+    from mikv.cli.prompts import chat_ids, require_chat_template
+
+    if raw:
+        return loaded.tokenizer.encode(text)
+    require_chat_template(loaded.tokenizer, loaded.name)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return chat_ids(loaded.tokenizer, [*messages, {"role": "user", "content": text}])
+
+
+def _record(model: str, answer: "Answer", cache: "MiKVCache", layers: bool) -> dict[str, Any]:
+    memory = cache.memory().to_dict()
+    if not layers:
+        del memory["layers"]
+    return {
+        "model": model,
+        "prompt_tokens": answer.num_prompt_tokens,
+        "new_tokens": answer.num_new_tokens,
+        "text": answer.text,
+        "prefill_seconds": answer.prefill_seconds,
+        "decode_tokens_per_second": answer.decode_tokens_per_second,
+        "config": cache.config.to_dict(),
+        "memory": memory,
+    }
+
+
+def _write(text: str) -> None:
+    typer.echo(text, nl=False)
+
+
+def _ignore(_: str) -> None:
+    """JSON is printed at the end."""

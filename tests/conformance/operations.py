@@ -1,0 +1,223 @@
+"""Checks of a cache's own operations: rows, crop, reset, offload, save, compile, and what its numbers are worth."""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from conformance.generation import ONE_ROW, RAGGED
+from conformance.trial import Prompt, Trial, require_close, require_close_on_average, require_same_tokens
+from tiny import FIRST_WORD, VOCAB_SIZE
+
+AFTER = 40  # tokens fed after an operation: enough for a tier to overflow
+COMPILED_STEPS = 8
+
+
+def close_to_full_cache(trial: Trial) -> None:
+    """logits close to the full cache's on the same text"""
+    prompt, after = Prompt.random(*RAGGED), _words(len(RAGGED), AFTER)
+    logits = _continued(trial, trial.cache(), prompt, after)
+    with trial.full_cache() as cache:
+        expected = _continued(trial, cache, prompt, after)
+    if trial.subject.exact:
+        require_close(logits, expected, "float32", "DynamicCache")
+    else:
+        require_close_on_average(logits, expected, "DynamicCache")
+
+
+def reorder(trial: Trial) -> None:
+    """reorder_cache"""
+    rows = torch.tensor([2, 0, 0])
+    _require_rows(trial, lambda cache: cache.reorder_cache(rows), rows)
+
+
+def repeat_interleave(trial: Trial) -> None:
+    """batch_repeat_interleave"""
+    _require_rows(trial, lambda cache: cache.batch_repeat_interleave(2), torch.arange(3).repeat_interleave(2))
+
+
+def select_indices(trial: Trial) -> None:
+    """batch_select_indices"""
+    rows = torch.tensor([2, 0])
+    _require_rows(trial, lambda cache: cache.batch_select_indices(rows), rows)
+
+
+def crop(trial: Trial) -> None:
+    """crop of drafts, as assisted decoding does it"""
+    prompt, after = _words(1, *ONE_ROW), _words(1, AFTER)
+    drafts = _words(1, 12).split(4, 1)
+
+    def logits(num_rejected: int) -> Tensor:
+        """Three drafts of which two tokens each are accepted; the others are never fed, or cropped."""
+        cache, after_drafts = trial.cache(), []
+        cache.activate_past_recording()
+        for past, draft in zip((prompt, prompt[:, :0], prompt[:, :0]), drafts, strict=True):
+            trial.feed(cache, torch.cat((past, draft[:, : 2 + num_rejected]), 1))
+            cache.crop(-num_rejected)
+        for token in after.split(1, 1):
+            after_drafts.append(trial.feed(cache, token))
+            cache.crop(0)  # whoever records the past has to say after every step that it may be forgotten
+        return torch.cat(after_drafts, 1)
+
+    if trial.subject.exact:
+        require_close(logits(2), logits(0), "float32", "a cache that never saw the rejected tokens")
+    else:
+        require_close_on_average(logits(2), logits(0), "a cache that never saw the rejected tokens")
+
+
+def crop_unprepared(trial: Trial) -> None:
+    """crop without warning: done, or refused with nothing changed"""
+    prompt, after = _words(1, *ONE_ROW), _words(1, AFTER)
+    for num_tokens in (1, 20, 60):
+        cache, expected = trial.cache(), trial.cache()
+        trial.feed(cache, prompt)
+        try:
+            cache.crop(-num_tokens)
+        except (RuntimeError, ValueError):
+            trial.feed(expected, prompt)
+            budget = "bitwise"
+        else:
+            trial.feed(expected, prompt[:, :-num_tokens])
+            budget = "float32" if trial.subject.exact else None
+        logits, without = trial.feed_each(cache, after), trial.feed_each(expected, after)
+        if budget is None:
+            require_close_on_average(logits, without, f"a cache without the last {num_tokens} tokens")
+        else:
+            require_close(logits, without, budget, "a cache that crop was never called on")
+
+
+def reset(trial: Trial) -> None:
+    """reset, then use again"""
+    prompt, after = Prompt.random(*RAGGED), _words(len(RAGGED), AFTER)
+    cache = trial.cache()
+    before = _continued(trial, cache, prompt, after)
+    cache.reset()
+    require_close(_continued(trial, cache, prompt, after), before, "bitwise", "the first use")
+
+
+def offload(trial: Trial) -> None:
+    """offload and prefetch of layers"""
+
+    def offload_and_prefetch(cache: Cache) -> Cache:
+        for layer in cache.layers:
+            layer.offload()
+            layer.prefetch()
+        return cache
+
+    _require_no_change(trial, offload_and_prefetch)
+
+
+def save_and_load(trial: Trial) -> None:
+    """save to a file (own method, or pickle), load, continue"""
+
+    def through_a_file(cache: Cache) -> Cache:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "cache"
+            if hasattr(cache, "save"):
+                cache.save(path)
+                return type(cache).load(path, trial.model.config)
+            torch.save(cache, path)
+            return torch.load(path, weights_only=False)
+
+    _require_no_change(trial, through_a_file)
+
+
+def hiding_mask(trial: Trial) -> None:
+    """4D mask that hides stored tokens"""
+    prompt, token = _words(1, *ONE_ROW), _words(1, 1)
+    mask = torch.ones(1, 1, 1, prompt.shape[1] + 1, dtype=torch.bool)
+    mask[..., 10:30] = False
+
+    def logits(cache: Cache) -> Tensor:
+        trial.feed(cache, prompt)
+        return trial.model(token, attention_mask=mask, past_key_values=cache).logits
+
+    masked = logits(trial.cache())
+    with trial.full_cache() as cache:
+        expected = logits(cache)
+    if trial.subject.exact:
+        require_close(masked, expected, "float32", "DynamicCache")
+    else:
+        require_close_on_average(masked, expected, "DynamicCache")
+
+
+def hidden_endings(trial: Trial) -> None:
+    """padding after rows that ended early, hidden in the next turn"""
+    prompt, answer, more = Prompt.random(*RAGGED), _words(len(RAGGED), 12), _words(len(RAGGED), 20)
+    mask = torch.nn.functional.pad(prompt.mask, (0, answer.shape[1] + more.shape[1]), value=1)
+    mask[0, prompt.mask.shape[1] + 6 : -more.shape[1]] = 0
+
+    def logits(cache: Cache) -> Tensor:
+        _continued(trial, cache, prompt, answer)
+        return trial.feed(cache, more, mask)
+
+    produced = logits(trial.cache())
+    with trial.full_cache() as cache:
+        expected = logits(cache)
+    if trial.subject.exact:
+        require_close(produced, expected, "float32", "DynamicCache")
+    else:
+        require_close_on_average(produced, expected, "DynamicCache")
+
+
+def compiled_decoding(trial: Trial) -> None:
+    """torch.compile of the decode step"""
+    prompt = Prompt.random(*ONE_ROW)
+    eager = _greedy_tokens(trial, trial.model, prompt)
+    torch._dynamo.reset()
+    try:
+        compiled = _greedy_tokens(trial, torch.compile(trial.model, backend="aot_eager"), prompt)
+    finally:
+        torch._dynamo.reset()
+    require_same_tokens(compiled, eager, "the model as it is")
+
+
+def _words(*shape: int) -> Tensor:
+    return torch.randint(FIRST_WORD, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(3))
+
+
+def _continued(trial: Trial, cache: Cache, prompt: Prompt, after: Tensor) -> Tensor:
+    """Logits of a padded prompt's continuation `after` (B, n)."""
+    trial.feed(cache, prompt.ids, prompt.mask)
+    return trial.feed_each(cache, after, prompt.mask)
+
+
+def _require_rows(trial: Trial, change: Callable[[Cache], None], sources: Tensor) -> None:
+    """After `change` row i of the cache is what row sources[i] was, and no two rows share anything."""
+    prompt, before, after = Prompt.random(*RAGGED), _words(len(RAGGED), 6), _words(len(sources), AFTER)
+    mask = torch.nn.functional.pad(prompt.mask, (0, before.shape[1]), value=1)
+
+    def filled() -> Cache:
+        cache = trial.cache()
+        _continued(trial, cache, prompt, before)
+        return cache
+
+    changed = filled()
+    change(changed)
+    logits = trial.feed_each(changed, after, mask[sources])
+    for row, source in enumerate(sources.tolist()):
+        expected = trial.feed_each(filled(), after[row].expand(prompt.num_rows, -1), mask)[source]
+        require_close(logits[row], expected, trial.row_budget, f"row {source} before")
+
+
+def _require_no_change(trial: Trial, change: Callable[[Cache], Cache]) -> None:
+    """A cache goes on as if `change` had not been."""
+    prompt, before, after = Prompt.random(*RAGGED), _words(len(RAGGED), 6), _words(len(RAGGED), AFTER)
+    mask = torch.nn.functional.pad(prompt.mask, (0, before.shape[1]), value=1)
+    logits = []
+    for operation in (change, lambda cache: cache):
+        cache = trial.cache()
+        _continued(trial, cache, prompt, before)
+        logits.append(trial.feed_each(operation(cache), after, mask))
+    require_close(*logits, "bitwise", "a cache left alone")
+
+
+def _greedy_tokens(trial: Trial, model: Callable[..., object], prompt: Prompt) -> Tensor:
+    cache, ids, tokens = trial.cache(), prompt.ids, []
+    for _ in range(COMPILED_STEPS):
+        ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)  # type: ignore[attr-defined]
+        tokens.append(ids)
+    return torch.cat(tokens, 1)
