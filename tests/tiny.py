@@ -1,7 +1,7 @@
-"""Tiny random models of the families mikv supports, built from configurations: float32, eval mode, the same every time.
+"""Tiny random models of the families mikv supports, built from configurations: float32, in eval mode.
 
 Every parameter that transformers starts at a constant (biases, norm weights) is moved, and the weights are large enough
-for attention to decide what the model says: with the usual 0.02 a model repeats its last token whatever is in its cache.
+for attention to decide what the model says: with the usual 0.02 a model repeats its last token whatever its cache holds.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ _SHAPE: dict[str, Any] = {
     "tie_word_embeddings": False,
     "use_cache": True,
 }
-_HYBRID: dict[str, Any] = {"sliding_window": WINDOW, "num_hidden_layers": 4}
+_HYBRID: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
@@ -60,7 +60,7 @@ FAMILIES: dict[str, Family] = {
         # transformers' sdpa ignores the softcap in 5.16 and refuses it in 5.23
         {**_HYBRID, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"},
     ),
-    "gemma3": Family("Gemma3TextConfig", {**_HYBRID, "query_pre_attn_scalar": 64, "sliding_window_pattern": 2}),
+    "gemma3": Family("Gemma3TextConfig", {**_HYBRID, "query_pre_attn_scalar": 64}),
     "phi3": Family("Phi3Config", {"hidden_size": 128}),
     "gpt-oss": Family(
         "GptOssConfig",
@@ -80,17 +80,17 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family("MixtralConfig", {"num_local_experts": 4}),
     "qwen2-half-sliding": Family(
         "Qwen2Config",
-        {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     ),
     "gemma3n": Family(
         "Gemma3nTextConfig",
         {
-            "num_hidden_layers": 6,
-            "intermediate_size": [96] * 6,
-            "activation_sparsity_pattern": [0.0] * 6,
+            "num_hidden_layers": 4,
+            "intermediate_size": [96] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
             "sliding_window": WINDOW,
-            "layer_types": ["sliding_attention", "full_attention"] * 3,
-            "num_kv_shared_layers": 2,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+            "num_kv_shared_layers": 1,  # the last layer reads the keys of the third
             "vocab_size_per_layer_input": VOCAB_SIZE,
             "hidden_size_per_layer_input": 16,
             "laurel_rank": 8,

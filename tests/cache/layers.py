@@ -124,6 +124,14 @@ def filled(config: MiKVConfig, tokens: Tokens, *stops: int) -> TwoTierLayer:
     return layer
 
 
+def left_padding_mask(padding: list[int], num_columns: int, num_queries: int) -> Tensor:
+    """(B, 1, Tq, columns): causal, and blind to the first `padding` columns of each row."""
+    mask = causal_mask(num_queries, num_columns, torch.device("cpu")).repeat(len(padding), 1, 1, 1)
+    for row, columns in enumerate(padding):
+        mask[row, :, :, :columns] = False
+    return mask
+
+
 def packed(layer: TwoTierLayer) -> Packed:
     """The tiers of a layer that is past its warm-up."""
     assert isinstance(layer.tokens, Packed)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
-from layers import feed, filled, random_tokens
 
+from layers import feed, filled, random_tokens
 from mikv.cache.accounting import CacheBytes, cache_bytes, layer_bytes, nominal_bits
 from mikv.cache.config import HIGH_FORMATS, HIGH_GRIDS, LOW_GRIDS, PRESETS, MiKVConfig
 from mikv.cache.geometry import CacheGeometry, LayerGeometry

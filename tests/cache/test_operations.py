@@ -3,9 +3,9 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import Tokens, config_for_positions, feed, high_positions, low_positions, tokens_that_tell_their_position
 from torch import Tensor
 
+from layers import Tokens, config_for_positions, feed, high_positions, low_positions, tokens_that_tell_their_position
 from mikv.cache.config import MiKVConfig
 from mikv.cache.layer import TwoTierLayer
 from mikv.cache.packed import Packed

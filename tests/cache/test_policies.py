@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from layers import config_for_positions, feed, filled, high_positions, random_tokens, tokens_that_tell_their_position
 from torch import Tensor
 
 import mikv
+from layers import config_for_positions, feed, filled, high_positions, random_tokens, tokens_that_tell_their_position
 from mikv.cache import policies
 from mikv.cache.config import MiKVConfig
 from mikv.cache.partition import choose

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
+from torch import Tensor
+
 from layers import (
     config_for_positions,
     feed,
@@ -17,8 +19,6 @@ from layers import (
     random_tokens,
     tokens_that_tell_their_position,
 )
-from torch import Tensor
-
 from mikv.cache.config import MiKVConfig
 from mikv.cache.formats import layer_formats
 from mikv.cache.layer import TwoTierLayer

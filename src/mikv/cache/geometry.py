@@ -11,7 +11,7 @@ _NO_KEYS = ("linear_attention", "conv", "dummy")  # layers with a state of fixed
 
 @dataclass(frozen=True)
 class LayerGeometry:
-    """One layer: its type as transformers names it, its window if it only keeps one, whether other layers read it too."""
+    """One layer: its type as transformers names it, its window if it keeps only one, whether other layers read it."""
 
     layer_type: str
     window: int | None
@@ -19,7 +19,7 @@ class LayerGeometry:
 
     @property
     def is_compressible(self) -> bool:
-        """Whether mikv can take the layer's tokens apart: all of them are there, and no other layer wants them plain."""
+        """Whether mikv can take its tokens apart: all of them are there, and no other layer wants them plain."""
         return self.layer_type == FULL_ATTENTION and not self.shared
 
     def num_cached(self, num_tokens: int) -> int:

@@ -50,8 +50,8 @@ def demo(
     console.print(f"Asked at its end: [italic]{QUESTION}[/]\n")
     console.print(_table(result.rows))
     console.print(
-        "\nMiB: all that is allocated, scales and bookkeeping included; of fp16: its share of the same cache in 16-bit\n"
-        f"floats; tokens/s, KL and top-1: over the {FORCED_TOKENS} tokens that follow, read one at a time through the cache."
+        "\nMiB: all that is allocated, scales and bookkeeping included; of fp16: its share of the same cache in 16-bit"
+        f"\nfloats; tokens/s, KL and top-1: over the {FORCED_TOKENS} tokens that follow, one by one through the cache."
     )
     if not all(row.correct for row in result.rows if row.cache in ("full", "balanced")):
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ from mikv.errors import ConfigError
 class Normalized(ImportancePolicy):
     """A token's importance is the mean attention it has received from the queries that could see it.
 
-    Of a prompt or a long chunk every `stride`-th query is asked, which finds the same tokens for a fraction of the work.
+    Of a prompt or a long chunk every `stride`-th query is asked: the same tokens for a fraction of the work.
     """
 
     stride: int = 4

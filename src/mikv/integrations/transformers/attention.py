@@ -62,11 +62,11 @@ class Carrier(Tensor):
         """Refuse everything but questions."""
         if func.__name__ not in _FACTS:
             raise CacheStateError(
-                f"{func.__name__} was called on keys that are in a MiKV cache, so the model does not compute its attention "
-                "with 'mikv' or changes keys after the cache; load the model with attn_implementation='mikv', and call "
-                "cache.reset() before using this cache again"
+                f"{func.__name__} was called on keys that are in a MiKV cache, so the model does not compute its "
+                "attention with 'mikv' or changes keys after the cache; load the model with attn_implementation='mikv' "
+                "and call cache.reset() before using this cache again"
             )
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def carrier(keys: Tensor, layer: CacheLayer) -> Carrier:

@@ -206,8 +206,8 @@ class MiKVCache(Cache):
             if isinstance(layer, MiKVLayer) and layer.pending is not None:
                 raise CacheStateError(
                     f"layer {i} stored keys and values but its attention was not computed by 'mikv' (in use: "
-                    f"{self._model_config._attn_implementation!r}); load the model with attn_implementation='mikv', and "
-                    "call cache.reset() before using this cache again"
+                    f"{self._model_config._attn_implementation!r}); load the model with attn_implementation='mikv' "
+                    "and call cache.reset() before using this cache again"
                 )
         if self._offloads:
             self.layers[layer_idx].prefetch()

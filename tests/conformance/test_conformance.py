@@ -1,0 +1,115 @@
+"""mikv does what transformers asks of a cache: exact it gives the same tokens, packed it keeps its word (trial.py)."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import mikv
+from conformance.subjects import BALANCED, EXACT, EXACT_CONFIG, packed, packed_config
+from conformance.suite import CHECKS
+from conformance.trial import Prompt, Subject, Trial, require_same_tokens
+from mikv import MiKVCache, UnsupportedModelError
+from tiny import FAMILIES, tiny_model
+
+# What mikv does not do and says so: there is one mask per cache, and latents are not keys and values.
+REFUSED = ("hiding_mask", "hidden_endings", "latent_attention")
+FAMILY_CHECKS = [
+    *((check, EXACT) for check in ("left_padding", "beam_search", "assisted_decoding")),
+    *((check, BALANCED) for check in ("left_padding", "close_to_full_cache")),
+]
+STATEFUL = ("qwen3-next",)
+HYBRIDS = ("gemma3", "gpt-oss", "qwen2-half-sliding")
+HYBRID_CHECKS = ("second_turn", "chunked_prefill", "reorder", "crop", "crop_unprepared", "reset", "save_and_load")
+
+
+def by_name(subject: Subject) -> str:
+    return subject.name.removeprefix("MiKVCache ").strip("()")
+
+
+@pytest.mark.parametrize("subject", [EXACT, BALANCED], ids=by_name)
+@pytest.mark.parametrize("check", [name for name in CHECKS if name not in REFUSED])
+def test_conforms(check: str, subject: Subject) -> None:
+    CHECKS[check](Trial(tiny_model("llama"), subject))
+
+
+@pytest.mark.parametrize("subject", [EXACT, BALANCED], ids=by_name)
+@pytest.mark.parametrize("check", REFUSED)
+def test_refuses_what_it_would_get_wrong(check: str, subject: Subject) -> None:
+    with pytest.raises(UnsupportedModelError):
+        CHECKS[check](Trial(tiny_model("llama"), subject))
+
+
+@pytest.mark.parametrize(("check", "subject"), FAMILY_CHECKS, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+def test_family_conforms(family: str, check: str, subject: Subject) -> None:
+    if family in STATEFUL and check == "assisted_decoding":
+        pytest.skip("transformers refuses drafts for models with linear attention")
+    CHECKS[check](Trial(tiny_model(family), subject))
+
+
+@pytest.mark.parametrize("subject", [EXACT, BALANCED], ids=by_name)
+@pytest.mark.parametrize("check", HYBRID_CHECKS)
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_hybrid_conforms(family: str, check: str, subject: Subject) -> None:
+    CHECKS[check](Trial(tiny_model(family), subject))
+
+
+@pytest.mark.parametrize("check", ["left_padding", "crop", "save_and_load"])
+@pytest.mark.parametrize("preset", ["lossless", "small", "paper-int4"])
+def test_preset_conforms(preset: str, check: str) -> None:
+    CHECKS[check](Trial(tiny_model("llama"), packed(preset)))
+
+
+def attached(model: PreTrainedModel) -> None:
+    """No cache: `generate` makes one itself, by way of mikv.attach."""
+    if not hasattr(model, "_mikv_attachment"):
+        mikv.attach(model, EXACT_CONFIG)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "greedy",
+        "left_padding",
+        "several_sequences",
+        "beam_search",
+        "early_exit",
+        "chunked_prefill",
+        "text_generation_pipeline",
+    ],
+)
+def test_attached_model_conforms(check: str) -> None:
+    CHECKS[check](Trial(tiny_model("llama"), Subject("mikv.attach", attached, exact=True)))
+
+
+@pytest.mark.parametrize("which", ["model", "draft"])
+@pytest.mark.parametrize("family", ["llama", *HYBRIDS])
+def test_attached_models_and_drafts_give_the_same_tokens(family: str, which: str) -> None:
+    models, prompt = {"model": tiny_model(family), "draft": tiny_model(family)}, Prompt.random(75)
+    trial = Trial(models["model"], EXACT)
+    plain = trial.generate(None, prompt)
+    with mikv.attach(models[which], EXACT_CONFIG if which == "model" else packed_config("balanced")):
+        drafted = trial.generate(None, prompt, assistant_model=models["draft"])
+    require_same_tokens(drafted.tokens, plain.tokens, "decoding without drafts")
+
+
+@pytest.mark.parametrize("family", ["llama", *HYBRIDS])
+def test_offloading_changes_nothing(family: str) -> None:
+    model, prompt = tiny_model(family), Prompt.random(90, 44)
+    trial = Trial(model, BALANCED)
+    expected = trial.generate(trial.cache(), prompt)
+    offloading = MiKVCache(model.config, packed_config("balanced"), offloading=True)
+    assert torch.equal(trial.generate(offloading, prompt).logits, expected.logits)
+
+
+def test_only_the_cache_and_its_attention_break_a_compiled_graph() -> None:
+    """Both are Python that changes the cache; one pair per layer. A DynamicCache breaks nothing."""
+    model, prompt = tiny_model("llama", num_hidden_layers=1), Prompt.random(75)
+    cache = BALANCED.make(model)
+    model(prompt.ids, past_key_values=cache)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(prompt.ids[:, :1], past_key_values=cache)
+    torch._dynamo.reset()
+    assert explained.break_reasons
+    for broken in explained.break_reasons:
+        assert "MiKVCache.update" in broken.reason or "mikv_attention" in broken.reason, broken.reason

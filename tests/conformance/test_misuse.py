@@ -1,0 +1,132 @@
+"""Models, masks and attention that would make a cache give garbage are refused with a message, at the first step."""
+
+import copy
+
+import pytest
+from transformers import DynamicCache
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+import mikv
+from conformance.subjects import BALANCED, EXACT, packed_config
+from conformance.trial import Prompt, Subject
+from mikv import CacheStateError, MiKVCache, UnsupportedModelError
+from mikv.cache.geometry import CacheGeometry
+from tiny import FAMILIES, LATENT, tiny_model
+
+PROMPT = Prompt.random(75)
+
+
+@pytest.mark.parametrize("subject", [EXACT, BALANCED], ids=lambda subject: subject.name)
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_another_attention_than_mikv_is_noticed_in_the_same_step(
+    attention: str, num_layers: int, subject: Subject
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=num_layers)
+    cache = subject.make(model)
+    model.set_attn_implementation(attention)
+    with pytest.raises(CacheStateError, match="attn_implementation='mikv'"):
+        model(PROMPT.ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt-oss"])
+def test_another_attention_is_noticed_when_the_only_compressed_layer_is_the_last(family: str) -> None:
+    model = tiny_model(family)
+    cache = BALANCED.make(model)
+    model.config._attn_implementation = "eager"
+    with pytest.raises(CacheStateError, match="attn_implementation='mikv'"):
+        model(PROMPT.ids, past_key_values=cache)
+
+
+def test_a_cache_made_for_a_copy_of_the_configuration_is_noticed() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    cache = MiKVCache(copy.deepcopy(model.config))
+    with pytest.raises(CacheStateError, match="attn_implementation='mikv'"):
+        model(PROMPT.ids, past_key_values=cache)
+
+
+def test_a_failed_step_makes_the_cache_unusable_until_reset() -> None:
+    model = tiny_model("llama")
+    cache = BALANCED.make(model)
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(CacheStateError):
+        model(PROMPT.ids, past_key_values=cache)
+    model.config._attn_implementation = "mikv"
+    with pytest.raises(CacheStateError, match=r"cache\.reset\(\)"):
+        model(PROMPT.ids, past_key_values=cache)
+    cache.reset()
+    model(PROMPT.ids, past_key_values=cache)
+    assert cache.get_seq_length() == PROMPT.ids.shape[1]
+
+
+def test_attention_weights_are_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UnsupportedModelError, match="output_attentions"):
+        model(PROMPT.ids, past_key_values=BALANCED.make(model), output_attentions=True)
+
+
+@pytest.mark.parametrize("make", [lambda config: MiKVCache(config), CacheGeometry.from_model_config])
+def test_latent_attention_is_refused_at_construction(make: object) -> None:
+    with pytest.raises(UnsupportedModelError, match="latent"):
+        make(LATENT.configuration())  # type: ignore[operator]
+
+
+def test_attach_leaves_the_callers_own_cache_alone() -> None:
+    model, own = tiny_model("llama"), DynamicCache()  # without layers yet, and therefore false
+    with mikv.attach(model) as attachment:
+        model.generate(PROMPT.ids, attention_mask=PROMPT.mask, past_key_values=own, max_new_tokens=2, do_sample=False)
+    assert own.get_seq_length() == PROMPT.ids.shape[1] + 1
+    assert attachment.cache is None
+
+
+def test_the_attached_cache_is_the_models_and_not_that_of_its_drafts() -> None:
+    model = tiny_model("llama")
+    with mikv.attach(model, packed_config("balanced")) as attachment:
+        model.generate(
+            PROMPT.ids, attention_mask=PROMPT.mask, max_new_tokens=8, do_sample=False, assistant_early_exit=1
+        )
+    assert attachment.cache is not None
+    assert len(attachment.cache.layers) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_geometry_agrees_with_transformers(family: str) -> None:
+    config = FAMILIES[family].configuration()
+    layer_types, kwargs = get_layer_types_and_kwargs(config)
+    geometry = CacheGeometry.from_model_config(config)
+    # transformers 5.16 leaves out the layers that read another layer's keys, and has one dictionary for all layers
+    types = [layer.layer_type for layer in geometry.layers]
+    assert types == [*layer_types, *["dummy"] * (len(types) - len(layer_types))]
+    if isinstance(kwargs, list):
+        assert [layer.window for layer, type_ in zip(geometry.layers, types, strict=True) if type_ != "dummy"] == [
+            own.get("sliding_window") for own, type_ in zip(kwargs, types, strict=True) if type_ != "dummy"
+        ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_geometry_agrees_with_the_cache(family: str) -> None:
+    model = tiny_model(family)
+    geometry = CacheGeometry.from_model_config(model.config)
+    cache = BALANCED.make(model)
+    model(PROMPT.ids, past_key_values=cache)
+    for layer, cached, memory in zip(geometry.layers, cache.layers, cache.memory().layers, strict=False):
+        assert layer.is_compressible == (memory.skipped is None)
+        if memory.skipped is None:
+            assert cached.tokens.shape == (1, geometry.num_kv_heads, geometry.head_dim)
+            continue
+        assert sum(memory.tokens_by_tier.values()) == layer.num_cached(PROMPT.ids.shape[1])
+
+
+def test_keys_that_other_layers_read_stay_as_they_are() -> None:
+    skipped = BALANCED.make(tiny_model("gemma3n")).memory().skipped
+    assert skipped[2] == "other layers read its keys and values too"
+    assert 0 not in skipped
+
+
+def test_states_of_linear_attention_count() -> None:
+    model = tiny_model("qwen3-next")
+    cache = BALANCED.make(model)
+    model(PROMPT.ids, past_key_values=cache)
+    linear = cache.layers[0]
+    states = [state for kind in (linear.conv_states, linear.recurrent_states) for state in kind.values()]
+    assert cache.memory().layers[0].bytes == sum(state.nbytes for state in states) > 0
