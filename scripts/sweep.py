@@ -30,7 +30,7 @@ from mikv import MiKVCache, MiKVConfig, __version__
 from mikv.cache.accounting import cache_bytes
 from mikv.cache.geometry import CacheGeometry
 from mikv.lab.baselines import h2o, kivi, uniform
-from mikv.lab.fidelity import Reading, compare, read
+from mikv.lab.fidelity import Reading, compare, prefill, read_on
 from mikv.models import load_model
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -77,7 +77,10 @@ def _variants(name: str, base: MiKVConfig) -> dict[str, MiKVConfig]:
     changes: dict[str, dict[str, Any]] = {
         f"policy {p}": {"policy": p} for p in ("h2o", "window", "recency", "key_norm", "random")
     }
-    changes |= {f"every {n}th query": {"policy_options": {"stride": n}} for n in (1, 16)}
+    changes |= {
+        "every query": {"policy_options": {"stride": 1}},
+        "every 16th query": {"policy_options": {"stride": 16}},
+    }
     changes |= {f"low grid {grid}": {"low_grid": grid} for grid in ("uniform", "group")}
     changes |= {f"recent {share}": {"recent_share": share} for share in (0.25, 0.75)}
     changes |= {
@@ -124,19 +127,23 @@ def measure(name: str, model: PreTrainedModel, tokenizer: Any, progress: Progres
         if not missing:
             continue
         prompt, rest = tokens.split((PROMPT_TOKENS, READ_TOKENS))
-        full = read(model, DynamicCache(config=model.config), prompt, rest, CHUNK)
+        full_cache = DynamicCache(config=model.config)
+        prefill(model, full_cache, prompt)
+        full = read_on(model, full_cache, rest, CHUNK)
         prompts = {policy: _exact_prompt(model, prompt, policy) for policy in ("normalized", "h2o", "window")}
         for arm, config in missing.items():
             cache = MiKVCache(model.config, config)
             _partition(cache, prompts.get(config.policy, prompts["h2o"]))
-            write_record(_record(name, text_name, arm, config, geometry, cache, full, _continue(model, cache, rest)))
+            write_record(
+                _record(name, text_name, arm, config, geometry, cache, full, read_on(model, cache, rest, CHUNK))
+            )
             progress.advance(task)
 
 
 def _exact_prompt(model: PreTrainedModel, prompt: Tensor, policy: str) -> MiKVCache:
     """The prompt in a cache that never ends its warm-up."""
     cache = MiKVCache(model.config, MiKVConfig(policy=policy, warmup_tokens=1 << 30))
-    model(prompt[None], past_key_values=cache, logits_to_keep=1)
+    prefill(model, cache, prompt)
     return cache
 
 
@@ -145,13 +152,6 @@ def _partition(cache: MiKVCache, prompt: MiKVCache) -> None:
         layer.tokens.restore(*source.tokens.state())
         layer.is_initialized = True
         layer.tokens.settle()
-
-
-def _continue(model: PreTrainedModel, cache: MiKVCache, rest: Tensor) -> Reading:
-    log_probs = [
-        model(piece[None], past_key_values=cache).logits[0].float().log_softmax(-1) for piece in rest.split(CHUNK)
-    ]
-    return Reading(torch.cat(log_probs), 0.0, 0.0)
 
 
 def _record(

@@ -46,3 +46,18 @@ def test_links_to_files_lead_somewhere(page: str) -> None:
     targets = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     for target in filter(None, targets):
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_readme_repeats_the_numbers_of_the_sweep() -> None:
+    sweep = {}
+    for line in (ROOT / "docs/results/sweep.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+        if len(cells) == 8:
+            arm, ratio, qwen, smollm = cells[0], cells[1], cells[2], cells[5]
+            sweep[arm] = [ratio, smollm, qwen]
+    rows = re.findall(
+        r"^\| .*\(([^()]+)\) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert len(rows) >= 8
+    for arm, *numbers in rows:
+        assert sweep[arm] == numbers

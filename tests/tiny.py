@@ -1,7 +1,7 @@
 """Tiny random models of the families mikv supports, built from configurations: float32, in eval mode.
 
 Every parameter that transformers starts at a constant (biases, norm weights) is moved, and the weights are large enough
-for attention to decide what the model says: with the usual 0.02 a model repeats its last token whatever its cache holds.
+for attention to decide what the model says: with the usual 0.02 a model repeats its last token whatever it holds.
 """
 
 from collections.abc import Mapping
@@ -149,9 +149,11 @@ def model_of(config: PreTrainedConfig) -> PreTrainedModel:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            if name.endswith("sinks"):
+                parameter += 4  # as much attention as fifty tokens get
     return model.requires_grad_(False)
 
 

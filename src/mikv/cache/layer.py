@@ -29,6 +29,9 @@ def _writable_in_any_mode(method: Callable[P, R]) -> Callable[P, R]:
     return torch.inference_mode(False)(torch.no_grad()(method))
 
 
+HELD_STEPS = 256  # longer than any draft: if nothing was cropped for so long, assisted decoding is over
+
+
 class TwoTierLayer:
     """The keys and values of one layer for a batch of rows. The first step decides shapes, dtype and device."""
 
@@ -44,6 +47,7 @@ class TwoTierLayer:
         self.tokens: WarmUp | Packed | None = None
         self.shape: tuple[int, int, int] | None = None  # (B, G, D)
         self.holds_demotion = False
+        self.steps_since_crop = 0
 
     def attend(
         self,
@@ -85,6 +89,8 @@ class TwoTierLayer:
             assert self.tokens is not None
             output = self.tokens.attend(queries, new, mask, step, options, exact)
         self.columns.advance(step.valid, queries.shape[2])
+        self.steps_since_crop += 1
+        self.holds_demotion = self.holds_demotion and self.steps_since_crop < HELD_STEPS
         self.settle()
         return output
 
@@ -105,8 +111,11 @@ class TwoTierLayer:
             self.tokens = Packed.partition(self.tokens, self.columns)
 
     def hold_demotion(self) -> None:
-        """From now on demote only in `crop`, so that whatever is appended between two crops can be taken back."""
-        self.holds_demotion = True
+        """From now on demote only in `crop`, so that what is appended between two crops can be taken back.
+
+        Ends by itself after HELD_STEPS steps without a crop.
+        """
+        self.holds_demotion, self.steps_since_crop = True, 0
 
     def require_croppable(self, num_columns: int) -> None:
         """Raise CacheStateError if some of the last `num_columns` were demoted already."""
@@ -124,7 +133,7 @@ class TwoTierLayer:
         elif self.tokens is not None:
             self.tokens.crop(num_columns)
         self.columns.crop(num_columns)
-        held, self.holds_demotion = self.holds_demotion, False
+        held, self.holds_demotion, self.steps_since_crop = self.holds_demotion, False, 0
         if self.tokens is not None:
             self.settle()
         self.holds_demotion = held

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from mikv.cli.options import ModelOption, load_for_cli
 from mikv.models import BUNDLED_MODEL, find_model
@@ -45,29 +46,37 @@ def demo(
     if as_json:
         print(json.dumps(result.to_dict()))
         return
-    console = Console()
+    console = Console(highlight=False)
     console.print(f"\n{result.model}, a prompt of {result.prompt_tokens:,} tokens. Early in it:\n  [italic]{FACT}[/]")
     console.print(f"Asked at its end: [italic]{QUESTION}[/]\n")
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    console.print(_answers(result.rows))
     console.print(_table(result.rows))
     console.print(
-        "\nMiB: all that is allocated, scales and bookkeeping included; of fp16: its share of the same cache in 16-bit"
-        f"\nfloats; tokens/s, KL and top-1: over the {FORCED_TOKENS} tokens that follow, one by one through the cache."
+        "MiB: all that is allocated, scales and bookkeeping included.\n"
+        "of fp16: its share of what the same keys and values take in 16-bit floats;\n"
+        f"         the full cache is in the model's own {dtype}.\n"
+        f"tokens/s, KL, top-1: over the {FORCED_TOKENS} tokens that follow, read one by one through the cache."
     )
     if not all(row.correct for row in result.rows if row.cache in ("full", "balanced")):
         raise typer.Exit(1)
 
 
+def _answers(rows: "tuple[DemoRow, ...]") -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in rows:
+        mark = "[green]✓[/]" if row.correct else "[red]✗[/]"
+        table.add_row(row.cache, mark, Text(" ".join(row.answer.split())))
+    return table
+
+
 def _table(rows: "tuple[DemoRow, ...]") -> Table:
-    table = Table()
-    for name in ("cache", "answer"):
-        table.add_column(name)
+    table = Table("cache")
     for name in ("MiB", "of fp16", "tokens/s", "KL to full", "top-1"):
         table.add_column(name, justify="right")
     for row in rows:
-        mark = "[green]✓[/]" if row.correct else "[red]✗[/]"
         table.add_row(
             row.cache,
-            f"{mark} {row.answer}",
             f"{row.bytes / 2**20:.1f}",
             f"{row.ratio:.1%}",
             f"{row.decode_tokens_per_second:.1f}",

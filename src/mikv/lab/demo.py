@@ -1,9 +1,10 @@
 """The demo: a fact early in a long document, asked for through six caches; bytes, speed and fidelity are measured.
 
-Every cache reads the same prompt twice: once to answer the question, and once to go on with the document's last
+Every cache reads the prompt once. A copy of it answers the question; the cache itself goes on with the document's last
 paragraph, token by token, which gives the speed and the distance to the full cache.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -17,7 +18,7 @@ from mikv.cache.config import MiKVConfig
 from mikv.cache.geometry import CacheGeometry
 from mikv.integrations.transformers import LayerMemory, MemoryReport, MiKVCache
 from mikv.lab.baselines import h2o, uniform
-from mikv.lab.fidelity import Reading, compare, read
+from mikv.lab.fidelity import Reading, compare, prefill, read_on
 
 PASS_KEY = "71432"
 FACT = f"One thing more before the year begins: the pass key of the harbour safe is {PASS_KEY}. Remember it."
@@ -74,16 +75,21 @@ class Reader:
         forced = tokenizer(last, return_tensors="pt", add_special_tokens=False).input_ids[0, :FORCED_TOKENS]
         return cls(model, tokenizer, prompt, forced)
 
+    def prefill(self, cache: Cache) -> None:
+        """Read the prompt up to its last token, which is the first to be read through the cache."""
+        prefill(self.model, cache, self.prompt[:-1])
+
     def answer(self, cache: Cache) -> str:
-        """The model's answer to the question, through `cache`."""
+        """The model's answer to the question; `cache` has read the prompt."""
         generated = self.model.generate(
             self.prompt[None], past_key_values=cache, max_new_tokens=ANSWER_TOKENS, do_sample=False
         )
         return str(self.tokenizer.decode(generated[0, len(self.prompt) :], skip_special_tokens=True)).strip()
 
-    def read(self, cache: Cache, on_token: Callable[[], None]) -> Reading:
-        """The model's predictions along the last paragraph, through `cache`."""
-        return read(self.model, cache, self.prompt, self.forced, on_step=on_token)
+    def read_on(self, cache: Cache, on_token: Callable[[], None]) -> Reading:
+        """The model's predictions along the last paragraph; `cache` has read the prompt."""
+        read_on(self.model, cache, self.prompt[-1:])
+        return read_on(self.model, cache, self.forced, on_step=on_token)
 
 
 def document() -> tuple[str, str]:
@@ -119,15 +125,16 @@ def run_demo(
     rows = []
     for cache_name, make in _factories(model, len(reader.prompt)).items():
         on_progress(cache_name, 0)
-        answer = reader.answer(make())
         cache, tokens_read = make(), 0
+        reader.prefill(cache)
+        answer = reader.answer(copy.deepcopy(cache))
 
         def count(cache_name: str = cache_name) -> None:
             nonlocal tokens_read
             tokens_read += 1
             on_progress(cache_name, tokens_read)
 
-        reading = reader.read(cache, count)
+        reading = reader.read_on(cache, count)
         full = full or reading
         rows.append(_row(cache_name, answer, cache, reading, full))
         on_row(rows[-1])

@@ -4,6 +4,7 @@ The continuation of a prompt is fed through the cache under test a few tokens at
 what the cache stores; a single forward over the whole text would never read it.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +16,13 @@ from transformers import Cache, PreTrainedModel
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model predicted while reading a continuation.
+    """What a model predicted while reading tokens after a prompt.
 
-    log_probs            (N, vocabulary) float32, after each of the N tokens of the continuation
-    prefill_seconds      for the prompt
-    seconds_per_token    median over the steps of the continuation
+    log_probs            (N, vocabulary) float32, after each of the N tokens
+    seconds_per_token    median over the steps
     """
 
     log_probs: Tensor
-    prefill_seconds: float
     seconds_per_token: float
 
 
@@ -37,27 +36,26 @@ class Fidelity:
 
 
 @torch.no_grad()
-def read(
-    model: PreTrainedModel,
-    cache: Cache,
-    prompt: Tensor,
-    continuation: Tensor,
-    chunk: int = 1,
-    on_step: Callable[[], None] | None = None,
-) -> Reading:
-    """Prefill prompt (T,), then feed continuation (N,) token ids through `cache`, `chunk` tokens at a time."""
+def prefill(model: PreTrainedModel, cache: Cache, prompt: Tensor) -> float:
+    """Feed prompt (T,) token ids to an empty cache at once; returns seconds."""
     start = time.perf_counter()
     model(prompt[None], past_key_values=cache, logits_to_keep=1)
-    prefill_seconds = time.perf_counter() - start
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def read_on(
+    model: PreTrainedModel, cache: Cache, tokens: Tensor, chunk: int = 1, on_step: Callable[[], None] = lambda: None
+) -> Reading:
+    """Feed tokens (N,) to a cache that has read a prompt, `chunk` at a time."""
     log_probs, seconds = [], []
-    for piece in continuation.split(chunk):
+    for piece in tokens.split(chunk):
         start = time.perf_counter()
         logits = model(piece[None], past_key_values=cache).logits[0]
         seconds.append((time.perf_counter() - start) / len(piece))
         log_probs.append(logits.float().log_softmax(-1))
-        if on_step is not None:
-            on_step()
-    return Reading(torch.cat(log_probs), prefill_seconds, sorted(seconds)[len(seconds) // 2])
+        on_step()
+    return Reading(torch.cat(log_probs), statistics.median(seconds))
 
 
 def compare(full: Reading, other: Reading) -> Fidelity:
