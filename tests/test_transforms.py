@@ -83,7 +83,7 @@ def test_the_transform_of_a_row_is_that_row_of_the_transform(center: bool, balan
 
 def test_nothing_to_do_leaves_keys_as_they_are() -> None:
     keys = gaussian((2, 3, 7, 64))
-    transform = KeyTransform(None, None, 1)
+    transform = KeyTransform(None, 1, None)
     assert torch.equal(transform.encode(keys), keys)
     assert torch.equal(transform.query(keys), keys)
     assert transform.logit_offset(keys) is None

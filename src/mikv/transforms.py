@@ -10,7 +10,7 @@ because the same rounded numbers are used on both sides.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Self
 
@@ -22,12 +22,32 @@ _HALF_MAX = 65504.0
 
 
 @dataclass(frozen=True)
-class KeyTransform:
-    """k (B, G, T, D) <-> k'. `center` and `balancer` are (B, G, 1, D) or None; `hadamard_size` 1 means no rotation."""
+class Transform:
+    """What both transforms store. `center` is (B, G, 1, D) or None; `hadamard_size` 1 means no rotation."""
 
     center: Tensor | None
-    balancer: Tensor | None
     hadamard_size: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name."""
+        stored = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in stored.items() if isinstance(value, Tensor)}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The transform with `change` applied to every stored tensor."""
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
+
+    def of_row(self, row: int) -> Self:
+        """The transform of one row, for keys or values (G, T, D)."""
+        return self.map(lambda tensor: tensor[row])
+
+
+@dataclass(frozen=True)
+class KeyTransform(Transform):
+    """k (B, G, T, D) <-> k'. `balancer` is (B, G, 1, D) or None."""
+
+    balancer: Tensor | None
 
     def encode(self, keys: Tensor) -> Tensor:
         """Keys in the basis in which they are quantized, float32."""
@@ -49,26 +69,10 @@ class KeyTransform:
         """q.mu (..., 1), to be added to every product with k'; None without centring."""
         return None if self.center is None else (queries.float() * self.center.float()).sum(-1, keepdim=True)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name."""
-        return _present(center=self.center, balancer=self.balancer)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The transform with `change` applied to every stored tensor."""
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
-        return replace(self, **changed)
-
-    def of_row(self, row: int) -> Self:
-        """The transform of one row, for keys (G, T, D)."""
-        return self.map(lambda tensor: tensor[row])
-
 
 @dataclass(frozen=True)
-class ValueTransform:
-    """v (B, G, T, D) <-> v'. `center` is (B, G, 1, D) or None; `hadamard_size` 1 means no rotation."""
-
-    center: Tensor | None
-    hadamard_size: int
+class ValueTransform(Transform):
+    """v (B, G, T, D) <-> v'."""
 
     def encode(self, values: Tensor) -> Tensor:
         """Values in the basis in which they are quantized, float32."""
@@ -81,19 +85,6 @@ class ValueTransform:
         """Undo the transform on sum_t p_t v'_t (..., D), where `mass` (..., 1) is sum_t p_t."""
         x = hadamard(weighted_sum, self.hadamard_size)
         return x if self.center is None else x + mass * self.center.float()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name."""
-        return _present(center=self.center)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The transform with `change` applied to every stored tensor."""
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
-        return replace(self, **changed)
-
-    def of_row(self, row: int) -> Self:
-        """The transform of one row, for values (G, T, D)."""
-        return self.map(lambda tensor: tensor[row])
 
 
 @dataclass(frozen=True)
@@ -132,7 +123,7 @@ def fit_key_transform(
 ) -> KeyTransform:
     """The key transform of a prompt."""
     balancer = channel_balancer(stats.query_max, stats.key_max, exponents) if balance else None
-    return KeyTransform(_storable(stats.key_mean) if center else None, balancer, hadamard_size)
+    return KeyTransform(_storable(stats.key_mean) if center else None, hadamard_size, balancer)
 
 
 def fit_value_transform(stats: PromptStatistics, center: bool, hadamard_size: int) -> ValueTransform:
@@ -151,10 +142,6 @@ def hadamard(x: Tensor, block_size: int) -> Tensor:
         return x
     blocks = x.unflatten(-1, (-1, block_size))
     return (blocks @ _hadamard_matrix(block_size, x.dtype, x.device)).flatten(-2)
-
-
-def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 @lru_cache(maxsize=32)

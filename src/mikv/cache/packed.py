@@ -200,9 +200,9 @@ class Packed:
         like = torch.empty(batch, num_heads, 0, head_dim, dtype=getattr(torch, meta["dtype"]))
         size = hadamard_block_size(head_dim)
         key_transform = KeyTransform(
-            tensors["key_transform.center"] if config.center_keys else None,
-            tensors["key_transform.balancer"] if config.balance_keys else None,
-            size if config.hadamard_keys else 1,
+            center=tensors["key_transform.center"] if config.center_keys else None,
+            hadamard_size=size if config.hadamard_keys else 1,
+            balancer=tensors["key_transform.balancer"] if config.balance_keys else None,
         )
         value_center = tensors["value_transform.center"] if config.center_values else None
         value_transform = ValueTransform(value_center, size if config.hadamard_values else 1)
