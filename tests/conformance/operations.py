@@ -13,7 +13,7 @@ from conformance.generation import ONE_ROW, RAGGED
 from conformance.trial import Prompt, Trial, require_close, require_same_tokens
 from tiny import FIRST_WORD, VOCAB_SIZE
 
-AFTER = 34  # tokens fed after an operation: enough for a tier to overflow
+AFTER = 30  # tokens fed after an operation: enough for a tier to overflow
 COMPILED_STEPS = 5
 
 
@@ -174,7 +174,7 @@ def _continued(trial: Trial, cache: Cache, prompt: Prompt, after: Tensor) -> Ten
 
 def _require_rows(trial: Trial, change: Callable[[Cache], None], sources: Tensor) -> None:
     """After `change` row i of the cache is what row sources[i] was, and no two rows share anything."""
-    prompt, before, after = Prompt.random(*RAGGED), _words(len(RAGGED), 6), _words(len(sources), AFTER)
+    prompt, before, after = Prompt.random(*RAGGED), _words(len(RAGGED), 2), _words(len(sources), AFTER)
     mask = torch.nn.functional.pad(prompt.mask, (0, before.shape[1]), value=1)
 
     def filled() -> Cache:
@@ -194,7 +194,7 @@ def _require_rows(trial: Trial, change: Callable[[Cache], None], sources: Tensor
 
 def _require_no_change(trial: Trial, change: Callable[[Cache], Cache]) -> None:
     """A cache goes on as if `change` had not been."""
-    prompt, before, after = Prompt.random(*RAGGED), _words(len(RAGGED), 6), _words(len(RAGGED), AFTER)
+    prompt, before, after = Prompt.random(*RAGGED), _words(len(RAGGED), 2), _words(len(RAGGED), AFTER)
     mask = torch.nn.functional.pad(prompt.mask, (0, before.shape[1]), value=1)
     logits = []
     for operation in (change, lambda cache: cache):

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tiny import FIRST_WORD, PAD, VOCAB_SIZE
 
-NEW_TOKENS = 20
+NEW_TOKENS = 16
 
 # The largest error accepted, in units of the standard deviation of the logits, and why.
 TOLERANCES = {
