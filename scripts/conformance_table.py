@@ -1,6 +1,6 @@
 """Run the conformance suite of tests/conformance on mikv's caches, on transformers' own and on its optional backends.
 
-    python scripts/conformance_table.py              all caches; those that are not installed are listed as such
+    python scripts/conformance_table.py              all caches; optimum-quanto and hqq are listed where installed
     python scripts/conformance_table.py --report     only the page
 
 Writes one record per check and cache to docs/results/conformance.jsonl, and docs/results/conformance.md from them.

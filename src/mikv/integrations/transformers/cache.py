@@ -57,6 +57,9 @@ class MiKVLayer(CacheLayerMixin):
         """Take new keys and values (B, G, Tq, D); what is returned only leads the attention function here."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif self.device != key_states.device:  # loaded from a file, which is on the CPU
+            self.device = key_states.device
+            self.tokens.to(self.device)
         self.pending = (key_states, value_states)
         return attention.carrier(key_states, self), value_states[:, :, :0]
 
