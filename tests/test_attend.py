@@ -10,7 +10,8 @@ from torch import Tensor
 from allocations import largest_allocation
 from mikv import reference
 from mikv.formats import BLOCK_TOKENS, Format, quantized_format
-from mikv.ops import AttentionOptions, Segment, attend, causal_mask, fallback, score_prompt
+from mikv.ops import AttentionOptions, Segment, attend, fallback, score_prompt
+from mikv.reference import causal_mask
 from mikv.transforms import (
     KeyTransform,
     PromptStatistics,

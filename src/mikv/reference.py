@@ -51,3 +51,10 @@ def attend(
 def attention_received(probabilities: Tensor, num_kv_heads: int) -> Tensor:
     """What each token received, summed over queries and the heads of its group: (B, H, Tq, T) -> (B, G, T)."""
     return probabilities.unflatten(1, (num_kv_heads, -1)).sum((2, 3))
+
+
+def causal_mask(num_queries: int, num_tokens: int, device: torch.device) -> Tensor:
+    """(1, 1, Tq, T) bool: the last `num_queries` of `num_tokens` tokens look at themselves and at all before them."""
+    return torch.ones(num_queries, num_tokens, dtype=torch.bool, device=device).tril(num_tokens - num_queries)[
+        None, None
+    ]

@@ -14,7 +14,8 @@ from mikv import reference
 from mikv.cache.config import MiKVConfig
 from mikv.cache.layer import TwoTierLayer
 from mikv.cache.packed import Packed
-from mikv.ops import AttentionOptions, causal_mask
+from mikv.ops import AttentionOptions
+from mikv.reference import causal_mask
 from numerics import MAKERS, gaussian
 
 POSITION_BITS = 12

@@ -23,7 +23,8 @@ from mikv import reference
 from mikv.cache.config import MiKVConfig
 from mikv.cache.layer import TwoTierLayer
 from mikv.cache.warm_up import WarmUp
-from mikv.ops import AttentionOptions, causal_mask
+from mikv.ops import AttentionOptions
+from mikv.reference import causal_mask
 from numerics import MAKERS, assert_close
 
 FULL_CACHE = MiKVConfig(importance_ratio=1.0, high="exact")

@@ -23,7 +23,8 @@ from layers import (
 from mikv.cache.config import MiKVConfig
 from mikv.cache.layer import TwoTierLayer
 from mikv.errors import UnsupportedModelError
-from mikv.ops import AttentionOptions, causal_mask
+from mikv.ops import AttentionOptions
+from mikv.reference import causal_mask
 from numerics import assert_close
 
 

@@ -156,13 +156,6 @@ def _last_visible(mask: Tensor) -> int:
     return int(visible[-1]) + 1 if len(visible) else 1
 
 
-def causal_mask(num_queries: int, num_tokens: int, device: torch.device) -> Tensor:
-    """(1, 1, Tq, T) bool: the last `num_queries` of `num_tokens` tokens look at themselves and at all before them."""
-    return torch.ones(num_queries, num_tokens, dtype=torch.bool, device=device).tril(num_tokens - num_queries)[
-        None, None
-    ]
-
-
 def _attend_tile(
     queries: Tensor,
     segments: list[Segment],
