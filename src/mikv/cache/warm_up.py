@@ -13,7 +13,7 @@ from mikv.cache.columns import StepMask
 from mikv.cache.config import MiKVConfig
 from mikv.cache.policies.base import ImportancePolicy
 from mikv.cache.tiers import RawTokens
-from mikv.ops import AttentionOptions, score_prompt
+from mikv.ops import AttentionOptions, score_prompt, visible
 
 ExactAttention = Callable[[Tensor, Tensor], Tensor]
 
@@ -52,10 +52,10 @@ class WarmUp:
         if not self.policy.uses_attention:
             return
         counted = self.policy.counted_queries(num_queries)
-        visible = None if mask is None else (mask if mask.dtype == torch.bool else mask == 0)[:, :, counted]
+        seen_by = None if mask is None else visible(mask)[:, :, counted]
         weight = None if step.valid is None else step.valid[:, counted]
         chosen = queries[:, :, counted]
-        received = score_prompt(chosen, self.tokens.keys, visible, options, weight, stride=counted.step)
+        received = score_prompt(chosen, self.tokens.keys, seen_by, options, weight, stride=counted.step)
         self.attention = self.policy.update_scores(self.attention, received, num_queries)
 
     def crop(self, num_columns: int) -> None:

@@ -120,6 +120,11 @@ def score_prompt(
     return received
 
 
+def visible(mask: Tensor) -> Tensor:
+    """Where a mask lets look: a boolean one says it, an additive one by zeros."""
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
 def _score_head(
     queries: Tensor,
     keys: Tensor,
