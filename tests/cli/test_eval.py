@@ -84,6 +84,7 @@ def test_people_get_a_table_per_task_and_what_was_skipped(mikv, tiny_folder, mon
         ((LINES, "--samples", 0), "--samples 0 must be 1 or more"),
         ((LINES, "--threads", 100_000), "--threads 100000 must be between 1 and"),
         ((LINES, "--dtype", "int4"), "--dtype 'int4' is not one of"),
+        ((LINES, "--reference", "./nowhere"), "./nowhere does not exist"),
         (("humaneval",), "allow it with --allow-code-execution"),
         (("line-retrieval:lines=900",), "was trained for 4,096; choose a shorter one by the task's options"),
     ],

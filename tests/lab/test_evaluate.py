@@ -17,7 +17,7 @@ from mikv.lab.cells import from_json, summary, to_json
 from mikv.lab.evaluate import Evaluation, Plan
 from mikv.lab.examination import Answer, SampleResult
 from mikv.lab.records import Ledger
-from tiny_chat import save_chat_model
+from tiny_chat import chat_tokenizer, save_chat_model
 
 TEXT, LINES = "text:prompt=80,read=16", "line-retrieval:lines=2"
 TIMING = {"decode_tokens_per_second", "command", "threads", "processes"}
@@ -54,6 +54,24 @@ def untimed(records):
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_reference_model_is_part_of_what_a_record_is_of(plan, tiny_folder, tmp_path):
+    against = replace(plan, tasks=(TEXT,), reference=str(tiny_folder))
+    run(against, tmp_path / "r.jsonl")
+    records, measured = run(replace(plan, tasks=(TEXT,)), tmp_path / "r.jsonl")
+    assert measured == 4
+    assert [line["reference"] for line in lines(tmp_path / "r.jsonl")] == [str(tiny_folder)] * 2 + [None] * 2
+    assert [line["kl_mean"] for line in lines(tmp_path / "r.jsonl")] == [record["kl_mean"] for record in records] * 2
+
+
+def test_a_reference_model_with_other_tokens_is_refused(plan, tmp_path):
+    save_chat_model(tmp_path)
+    tokenizer = chat_tokenizer()
+    tokenizer.add_tokens(["mikv"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"--reference {tmp_path} has other tokens than"):
+        Evaluation(replace(plan, reference=str(tmp_path)), "mikv eval")
 
 
 def test_a_cell_has_one_record_with_everything(plan):

@@ -128,6 +128,16 @@ def test_likelihoods_through_another_cache_come_with_those_of_the_full_one(loade
     assert noise.nll != noise.full_nll
 
 
+def test_predictions_are_compared_with_those_of_a_reference_model(loaded, asking):
+    reference = Examination(LoadedModel("other", chat_model(hidden_act="relu"), loaded.tokenizer), ASKING, chunk=5)
+    assert untimed(Examination(loaded, ASKING, chunk=5, reference=asking).full) == untimed(asking.full)
+    away = Examination(loaded, ASKING, chunk=5, reference=reference)
+    assert len(away.full.kl) == len(asking.full.kl)
+    assert mean(away.full.kl) > 0.001
+    assert away.full.answers == asking.full.answers
+    assert mean(away.through(EXACT).kl) == mean(away.full.kl)
+
+
 def test_bytes_are_measured_at_the_end_and_compared_with_fp16(asking):
     full, packed = asking.full, asking.through(parse_cache("int8"))
     assert full.bytes == 2 * full.fp16_bytes == 2 * 2 * 2 * 64 * full.tokens * 4

@@ -32,6 +32,10 @@ def eval(
             f"[default: {', '.join(DEFAULT_CACHES)}]",
         ),
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Compare predictions with this model's, the one that --model was quantized from."),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Samples of each task.")] = 20,
     seed: Annotated[int, typer.Option(help="Makes other samples.")] = 0,
     out: Annotated[
@@ -58,7 +62,7 @@ def eval(
     from mikv.lab.records import Ledger
 
     names = tuple(caches or DEFAULT_CACHES)
-    options = {"--model": model, "--cache": names, "--samples": samples, "--seed": seed, "--dtype": dtype}
+    options = {"--model": model, "--reference": reference, "--cache": names, "--samples": samples, "--seed": seed, "--dtype": dtype}
     options |= {"--chunk": chunk, "--threads": threads, "--processes": processes if processes > 1 else None}
     options |= {"--allow-code-execution": allow_code_execution or None}
     with machine.threads(threads):
@@ -73,6 +77,7 @@ def eval(
             threads=threads or threads_each(processes),
             processes=processes,
             allow_code_execution=allow_code_execution,
+            reference=reference,
         )
         evaluation = Evaluation(plan, command_line(["mikv", "eval", *tasks], options))
         with interruptible(out), Ledger(out) as ledger, bar(quiet=as_json) as show:
@@ -93,10 +98,12 @@ def _print(records: Sequence[Record]) -> None:
         if record["skipped"] is not None:
             line = f"skipped: {record['task']} through {record['cache']}: {record['skipped']}"
             console.print(line, style="yellow", markup=False, soft_wrap=True)
+    reference = records[0]["reference"]
+    against = "the full cache" if reference is None else f"{reference} with the full cache"
     console.print(
         "score: from 0 to 1 ± its standard error\n"
         "of fp16: all bytes of the cache as a share of the full cache in 16-bit floats\n"
-        "KL, top-1: distance to the full cache, over given tokens read through the cache",
+        f"KL, top-1: distance to {against}, over given tokens read through the cache",
         style="dim",
     )
 

@@ -25,7 +25,10 @@ from mikv.records import Record
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. Tasks and caches have their canonical names; `threads` are those of each process."""
+    """What to measure. Tasks and caches have their canonical names; `threads` are those of each process.
+
+    `reference` is a model with the same tokenizer that predictions are compared with; None is `model` itself.
+    """
 
     tasks: tuple[str, ...]
     model: str
@@ -37,6 +40,7 @@ class Plan:
     threads: int = 1
     processes: int = 1
     allow_code_execution: bool = False
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         for option, value in (("samples", self.samples), ("chunk", self.chunk), ("processes", self.processes)):
@@ -53,6 +57,8 @@ class Plan:
         object.__setattr__(self, "tasks", tasks)
         object.__setattr__(self, "caches", caches)
         find_model(self.model)
+        if self.reference is not None:
+            find_model(self.reference)
 
     def make_samples(self, task: str, facts: ModelFacts) -> Sequence[Sample]:
         """The samples of one task."""
@@ -90,13 +96,16 @@ class Evaluation:
         """Raises MiKVError for everything that can be known to fail before the model's weights are loaded."""
         self._plan = plan
         self._model = ModelFacts.of_model(plan.model)
+        if plan.reference is not None:
+            self._model.require_same_tokens(ModelFacts.of_model(plan.reference))
         self._samples = {task: plan.make_samples(task, self._model) for task in plan.tasks}
         for task, samples in self._samples.items():
             for sample in samples:
                 self._model.require_room(task, sample)
         if plan.processes > 1:
             everything = [sample for samples in self._samples.values() for sample in samples]
-            require_memory(plan.processes, self._model.bytes_needed(everything, self._model.dtype(plan.dtype)))
+            bytes_each = self._model.bytes_needed(everything, self._model.dtype(plan.dtype))
+            require_memory(plan.processes, bytes_each if plan.reference is None else 2 * bytes_each)
         self._facts = machine.circumstances(command) | {"threads": plan.threads, "processes": plan.processes}
 
     def run(self, ledger: Ledger, on_sample: OnSample = lambda finished, done, total: None) -> list[Record]:
@@ -132,6 +141,7 @@ class Evaluation:
             "dtype": self._model.dtype(plan.dtype),
             "chunk": plan.chunk,
             "config": None if config is None else config.to_dict(),
+            "reference": plan.reference,
         }
 
     def _found(self, ledger: Ledger, cell: Record) -> Found:
@@ -163,17 +173,21 @@ class Worker:
     """A process's model, which takes samples through caches."""
 
     def __init__(self, plan: Plan) -> None:
-        """Load the model."""
+        """Load the model, and the one to compare with."""
         torch.set_num_threads(plan.threads)
         self._plan = plan
-        self._loaded = load_model(plan.model, dtype=None if plan.dtype is None else getattr(torch, plan.dtype))
+        dtype = None if plan.dtype is None else getattr(torch, plan.dtype)
+        self._loaded = load_model(plan.model, dtype=dtype)
+        self._reference = None if plan.reference is None else load_model(plan.reference, dtype=dtype)
         self._samples: dict[str, Sequence[Sample]] = {}
         self._caches = {name: parse_cache(name) for name in plan.caches}
         self._skipped: dict[tuple[str, str], Skipped] = {}
 
     def __call__(self, job: Job) -> Iterator[Finished]:
         """Take one sample through the caches; one that was skipped before is skipped for the whole task."""
-        examination = Examination(self._loaded, self._sample(job), self._plan.chunk)
+        sample, chunk = self._sample(job), self._plan.chunk
+        reference = None if self._reference is None else Examination(self._reference, sample, chunk)
+        examination = Examination(self._loaded, sample, chunk, reference)
         for name in job.caches:
             result = self._skipped.get((job.task, name)) or examination.through(self._caches[name])
             if isinstance(result, Skipped):

@@ -77,16 +77,22 @@ class Skipped:
 
 
 class Examination:
-    """A sample that the model has read with the full cache, whose answers and predictions are the reference."""
+    """A sample that the model has read with the full cache, whose answers and predictions are the reference.
 
-    def __init__(self, loaded: LoadedModel, sample: Sample, chunk: int = 32) -> None:
+    With another `reference`, an examination of the same sample, predictions are compared with those of its model.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, sample: Sample, chunk: int = 32, reference: "Examination | None" = None
+    ) -> None:
         """Read the context, and the rest with the full cache, `chunk` tokens at a time."""
         self._loaded, self._sample, self._chunk = loaded, sample, chunk
         self._geometry = CacheGeometry.from_model_config(loaded.model.config)
         self._num_tokens = longest(loaded.tokenizer, sample)
         context = Transcript(loaded.tokenizer, sample).context
         self._recording = record(loaded.model, torch.tensor(context, device=loaded.model.device))
-        self._pieces: list[tuple[list[int], Tensor]] = []  # all tokens so far, and log-probabilities of the newest
+        # all tokens so far, and log-probabilities of the newest
+        self._pieces: list[tuple[list[int], Tensor]] = [] if reference is None else reference._pieces
         full = parse_cache("full")
         self.full = self._converse(full, full.make(loaded.model, self._num_tokens))
 

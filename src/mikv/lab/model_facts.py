@@ -64,6 +64,14 @@ class ModelFacts:
                 f"{most:,}; choose a shorter one by the task's options"
             )
 
+    def require_same_tokens(self, other: "ModelFacts") -> None:
+        """Raise ConfigError if another model, whose predictions are compared with, has other tokens."""
+        if self.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+            raise ConfigError(
+                f"--reference {other.name} has other tokens than {self.name}, so their predictions cannot be compared; "
+                "use the model that it was made from"
+            )
+
     def bytes_needed(self, samples: Sequence[Sample], dtype: str) -> int:
         """About the most that a process takes: weights, and what the largest sample leaves in memory."""
         import torch

@@ -19,7 +19,7 @@ from mikv.records import Record, append_line, parse_lines, write_lines
 
 KIND = "eval"
 # what identifies a cell: two records that agree on all of these hold the same measurement
-IDENTITY = ("task", "model", "cache", "samples", "seed", "dtype", "chunk", "config")
+IDENTITY = ("task", "model", "cache", "samples", "seed", "dtype", "chunk", "config", "reference")
 
 Key = str
 
