@@ -47,6 +47,15 @@ void require_type(const char* name, const Array& array, const dtype& expected) {
   if (array.dtype() != expected) refuse(name, " has dtype ", array.dtype(), "; it must be ", expected);
 }
 
+Numbers float_numbers(const char* name, const Array& array) {
+  const dtype type = array.dtype();
+  if (type != dtype_of<float>() && type != kHalf && type != kBrain) {
+    refuse(name, " has dtype ", type, "; it must be float32, float16 or bfloat16");
+  }
+  require_type(name, array, type);
+  return type == kHalf ? kFloat16 : type == kBrain ? kBfloat16 : kFloat32;
+}
+
 void require_shape(const char* name, const Array& array, const Shape& shape) {
   bool equal = array.ndim() == shape.num_axes;
   for (size_t axis = 0; equal && axis < shape.num_axes; ++axis) equal = array.shape(axis) == shape.sizes[axis];
@@ -140,6 +149,7 @@ template float* numbers_of(const char*, const Array&, const Shape&);
 template uint16_t* numbers_of(const char*, const Array&, const Shape&);
 template int32_t* numbers_of(const char*, const Array&, const Shape&);
 template int64_t* numbers_of(const char*, const Array&, const Shape&);
+template uint8_t* numbers_of(const char*, const Array&, const Shape&);
 
 void* whole_like(const char* name, const Array& array, const Array& other) {
   require_type(name, array, other.dtype());
@@ -148,16 +158,21 @@ void* whole_like(const char* name, const Array& array, const Array& other) {
   return array.data();
 }
 
-Tokens tokens_of(const char* name, const Array& array, const Shape& shape) {
-  const dtype type = array.dtype();
-  if (type != dtype_of<float>() && type != kHalf && type != kBrain) {
-    refuse(name, " has dtype ", type, "; it must be float32, float16 or bfloat16");
+Rows rows_of(const char* name, const Array& array, int64_t n) {
+  const Numbers numbers = float_numbers(name, array);
+  if (array.ndim() == 0 || array.ndim() > 5 || array.shape(array.ndim() - 1) != n) {
+    refuse(name, " has shape ", shape_of(array), "; its last axis must be ", n, ", of 1 to 5 axes");
   }
-  require_type(name, array, type);
+  require_contiguous(name, array, 0);
+  return {array.data(), numbers, array.size() / n};
+}
+
+Tokens tokens_of(const char* name, const Array& array, const Shape& shape) {
+  const Numbers numbers = float_numbers(name, array);
   require_shape(name, array, shape);
   require_contiguous(name, array, shape.num_axes - 1);
   const size_t head = shape.num_axes - 3;
-  return {array.data(), type == kHalf ? kFloat16 : type == kBrain ? kBfloat16 : kFloat32,
+  return {array.data(), numbers,
           head == 1 ? array.stride(0) : 0, array.stride(head), array.stride(head + 1)};
 }
 

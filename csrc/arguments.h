@@ -64,6 +64,14 @@ T* numbers_of(const char* name, const MaybeArray& array, const Shape& shape) {
 // The numbers of a contiguous array of the dtype and shape of `other`.
 void* whole_like(const char* name, const Array&, const Array& other);
 
+// Contiguous floats (..., n) of at most 5 axes: where they are, their numbers, and how many rows of n there are.
+struct Rows {
+  void* data;
+  Numbers numbers;
+  int64_t num_rows;
+};
+Rows rows_of(const char* name, const Array&, int64_t n);
+
 // Floats (B, heads, T, D), or (heads, T, D) of one row, with contiguous channels.
 Tokens tokens_of(const char* name, const Array&, const Shape&);
 

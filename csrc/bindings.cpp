@@ -214,6 +214,44 @@ void py_score_prompt(const Array& queries, const Array& keys, const MaybeArray& 
   score_prompt(call, num_threads);
 }
 
+// Output rows, inputs, inputs per group, planes, planes that are read, and whether uniform and with an offset.
+using MatmulSizes = std::array<int64_t, 7>;
+
+Matmul matmul_of(const MatmulSizes& sizes) {
+  Matmul call{};
+  call.out_features = require_range("out_features", sizes[0], 1, kMaxInt);
+  call.in_features = require_range("in_features", sizes[1], 1, kMaxInt / kTableBytes);
+  call.group_size = require_range("group_size", sizes[2], 1, call.in_features);
+  if (call.group_size % 32 != 0 && call.group_size != call.in_features) {
+    refuse("group_size=", call.group_size, " is neither a multiple of 32 nor in_features=", call.in_features);
+  }
+  call.planes = require_range("planes", sizes[3], 1, kMaxPlanes);
+  call.bits = require_range("bits", sizes[4], 1, call.planes);
+  call.uniform = require_range("uniform", sizes[5], 0, 1);
+  call.has_offset = require_range("has_offset", sizes[6], 0, 1);
+  return call;
+}
+
+void py_matmul(const Array& inputs, const Array& codes, const Array& scales, const MaybeArray& bias,
+               const MatmulSizes& sizes, int path, int num_threads, const Array& output) {
+  Matmul call = matmul_of(sizes);
+  const Rows rows = rows_of("inputs", inputs, call.in_features), out = rows_of("output", output, call.out_features);
+  call.num_rows = rows.num_rows, call.numbers = rows.numbers, call.inputs = rows.data, call.output = out.data;
+  if (out.num_rows != rows.num_rows) refuse("output has ", out.num_rows, " rows; inputs have ", rows.num_rows);
+  if (out.numbers != rows.numbers) refuse("output has dtype ", output.dtype(), "; inputs have ", inputs.dtype());
+  call.codes = numbers_of<uint8_t>("codes", codes, {tiles_of(call), tile_bytes(call)});
+  call.scales = numbers_of<uint16_t>("scales", scales, {tiles_of(call), groups_of(call), scales_of(call), kTileRows});
+  if (bias) {
+    const Rows numbers = rows_of("bias", *bias, call.out_features);
+    if (numbers.num_rows != 1) refuse("bias has ", numbers.num_rows, " rows; it must have one");
+    call.bias = numbers.data, call.bias_numbers = numbers.numbers;
+  }
+  require_range("path", path, kFaster, kBytes);
+  require_range("threads", num_threads, 1, kMaxInt);
+  nb::gil_scoped_release unlocked;
+  matmul(call, MatmulPath(path), num_threads);
+}
+
 uint64_t py_stream(const Array& data, int num_threads) {
   require_axes("data", data, 1);
   const float* first = numbers_of<float>("data", data, {data.shape(0)});
@@ -259,6 +297,8 @@ NB_MODULE(_native, m) {
         arg("mask").noconvert().none(), arg("scale"), arg("softcap"), arg("sinks").noconvert().none(),
         arg("query_weight").noconvert().none(), arg("stride"), arg("distance"), arg("num_threads"),
         arg("received").noconvert());
+  m.def("matmul", &py_matmul, arg("inputs").noconvert(), arg("codes").noconvert(), arg("scales").noconvert(),
+        arg("bias").noconvert().none(), arg("sizes"), arg("path"), arg("num_threads"), arg("output").noconvert());
   m.def("stream", &py_stream, arg("data").noconvert(), arg("num_threads"));
 
   m.def("isa", [] { return kernels().isa; });

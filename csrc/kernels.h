@@ -181,6 +181,13 @@ struct Kernels {
   void (*score_share)(const ScorePrompt&, const ScoreShare&);
   // adds up the shares (num_shares, T) of one head
   void (*score_join)(const ScorePrompt&, int32_t row, int32_t head, int32_t num_shares, const float* shares);
+  // rows of inputs, rounded to tables or bytes: one of `rows`; a tile of 64 output rows from them, see matmul.h
+  void (*prepare_tables)(const struct Matmul&, const struct MatmulRows& rows, int64_t index, char* scratch);
+  void (*prepare_bytes)(const Matmul&, const MatmulRows& rows, int64_t index, char* scratch);
+  void (*lut_tile)(const Matmul&, const MatmulRows& rows, int64_t tile);
+  void (*byte_tile)(const Matmul&, const MatmulRows& rows, int64_t tile, int64_t first_row, int64_t num_rows,
+                    char* scratch);
+  int64_t most_lut_rows;  // of inputs, for which tables are faster than bytes
   // the sum of `bytes` bytes as 64-bit words: the speed at which memory can be read
   uint64_t (*stream)(const void* data, size_t bytes);
 };
@@ -224,9 +231,10 @@ constexpr int kMaxRows = 64;    // of one share, or a group's; more queries are 
 constexpr int kMaxGroup = 512;  // query heads per KV head
 
 // The functions above, which every instruction set's file has under their names.
-#define MIKV_KERNELS(isa)                                                                                       \
-  {                                                                                                             \
-    isa, attend_share, attend_join, pack, demote, fill_holes, unpack, score_keys, score_share, score_join, stream \
+#define MIKV_KERNELS(isa)                                                                                     \
+  {                                                                                                           \
+    isa, attend_share, attend_join, pack, demote, fill_holes, unpack, score_keys, score_share, score_join,    \
+        prepare_tables, prepare_bytes, lut_tile, byte_tile, kMostLutRows, stream                              \
   }
 
 extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_neon;

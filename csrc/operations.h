@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "kernels.h"
+#include "matmul.h"
 
 namespace mikv {
 
@@ -36,6 +37,10 @@ struct Unpack {
 void unpack(const Unpack&, int num_threads);
 
 void score_prompt(const ScorePrompt&, int num_threads);
+
+// How a matrix of weights is multiplied by: by table lookup, by byte multiply-adds, or whichever is faster for the rows.
+enum MatmulPath : int32_t { kFaster = 0, kTables = 1, kBytes = 2 };
+void matmul(const Matmul&, MatmulPath, int num_threads);
 
 // The sum of `bytes` bytes as 64-bit words, read once by all threads together.
 uint64_t stream(const void* data, size_t bytes, int num_threads);

@@ -28,6 +28,10 @@ BUDGETS = {
     "native high": Budget(1e-3, "queries and weights rounded to 15 bits"),
     "native exact": Budget(1e-5, "float32 sums taken in another order, and an exp of our own"),
     "native bfloat16": Budget(1.2e-2 + 2**-9, "as native low, and one rounding to 8 bits of mantissa"),
+    "product by tables": Budget(1e-2, "sums of 4 inputs in 127 steps up to their largest, .7 % of normal ones"),
+    "product by bytes": Budget(1.1e-2, "inputs in 127 steps, .6 %, and scales in 255, .3 % of 4 bits, .5 % of 8"),
+    "product by 7 bits": Budget(1.7e-2, "inputs in 127 steps, .6 %, and scales in 127, .7 % of 4 bits, 1.2 % of 8"),
+    "product with an outlier": Budget(3.5e-2, "the inputs beside it are rounded in steps of 1 / 127 of it"),
     "table": Budget(5e-5, "constants printed with 4 digits after the point"),
 }
 

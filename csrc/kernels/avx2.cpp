@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../kernels.h"
+#include "../matmul.h"
 
 namespace mikv {
 namespace {
@@ -121,11 +122,59 @@ inline void store_ints(int32_t* p, Floats x) { _mm256_storeu_si256((__m256i*)p, 
 // into the second-level cache: the first has too few places for what memory still owes
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
+
+// Bytes of two rows in each 16-bit lane: their sums, see lut.inc.
+inline Bytes zero_bytes() { return _mm256_setzero_si256(); }
+inline Bytes add_words(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
+inline Bytes add_odd_bytes(Bytes sum, Bytes x) { return _mm256_add_epi16(sum, _mm256_srli_epi16(x, 8)); }
+inline Bytes even_bytes(Bytes all, Bytes odd) { return _mm256_sub_epi16(all, _mm256_slli_epi16(odd, 8)); }
+inline void words_to_floats(Bytes words, int less, Floats* out) {
+  const Bytes numbers = _mm256_sub_epi16(words, _mm256_set1_epi16((int16_t)less));
+  out[0] = to_float(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(numbers)));
+  out[1] = to_float(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(numbers, 1)));
+}
+constexpr int kMostLutRows = 12;
+constexpr int kLutRowsAtOnce = 2;
+
+// Signs as unsigned levels, and levels times signed bytes, see bytes.inc. Pairs of products fit into 16 bits.
+constexpr int kMostLevel = 127;
+constexpr int kByteRowsAtOnce = 2, kByteVectors = 4;
+inline void store_bytes(uint8_t* p, Bytes x) { _mm256_storeu_si256((__m256i*)p, x); }
+inline Bytes four_times(Floats x) { return _mm256_mullo_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(0x01010101)); }
+inline Bytes bits_of_nibble(int nibble) { return _mm256_set1_epi32(nibble ? (int)0x80402010 : 0x08040201); }
+// byte 2 i + kHalf of 16 at all four bytes of lane i
+template <int kHalf>
+inline Bytes spread_rows(const uint8_t* p) {
+  const __m256i pairs = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+  const __m256i places = _mm256_setr_epi8(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6,  //
+                                          8, 8, 8, 8, 10, 10, 10, 10, 12, 12, 12, 12, 14, 14, 14, 14);
+  return _mm256_shuffle_epi8(pairs, _mm256_add_epi8(places, _mm256_set1_epi8(kHalf)));
+}
+// sum + level, where a bit is set
+inline Bytes add_where(Bytes sum, Bytes signs, Bytes bits, Bytes level) {
+  const Bytes mask = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bits), bits);
+  return _mm256_add_epi8(sum, _mm256_and_si256(mask, level));
+}
+using LevelSum = Ints;
+inline LevelSum zero_level_sum() { return zero_ints(); }
+inline Bytes broadcast_four(const uint8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return _mm256_set1_epi32(four);
+}
+inline void add_products(LevelSum& acc, Bytes levels, Bytes numbers) {
+  acc = widened(acc, _mm256_maddubs_epi16(levels, numbers));
+}
+inline Floats level_total(const LevelSum& acc) { return to_float(acc); }
+
 #include "half.inc"
 #include "transform.inc"
 #include "attend.inc"
 #include "pack.inc"
 #include "score.inc"
+#include "inputs.inc"
+#include "lut.inc"
+#include "bytes.inc"
 
 }  // namespace
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../kernels.h"
+#include "../matmul.h"
 
 namespace mikv {
 namespace {
@@ -115,11 +116,60 @@ inline void store_ints(int32_t* p, Floats x) { _mm512_storeu_si512(p, _mm512_cvt
 // into the second-level cache: the first has too few places for what memory still owes
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
+
+// Bytes of two rows in each 16-bit lane: their sums, see lut.inc.
+inline Bytes zero_bytes() { return _mm512_setzero_si512(); }
+inline Bytes add_words(Bytes a, Bytes b) { return _mm512_add_epi16(a, b); }
+inline Bytes add_odd_bytes(Bytes sum, Bytes x) { return _mm512_add_epi16(sum, _mm512_srli_epi16(x, 8)); }
+inline Bytes even_bytes(Bytes all, Bytes odd) { return _mm512_sub_epi16(all, _mm512_slli_epi16(odd, 8)); }
+inline void words_to_floats(Bytes words, int less, Floats* out) {
+  const Bytes numbers = _mm512_sub_epi16(words, _mm512_set1_epi16((int16_t)less));
+  out[0] = to_float(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(numbers)));
+  out[1] = to_float(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(numbers, 1)));
+}
+constexpr int kMostLutRows = 5;
+constexpr int kLutRowsAtOnce = 4;
+
+// Signs as unsigned levels, and levels times signed bytes, see bytes.inc.
+constexpr int kMostLevel = 255;
+constexpr int kByteRowsAtOnce = 6, kByteVectors = 4;
+inline void store_bytes(uint8_t* p, Bytes x) { _mm512_storeu_si512(p, x); }
+inline Bytes four_times(Floats x) { return _mm512_mullo_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(0x01010101)); }
+inline Bytes bits_of_nibble(int nibble) { return _mm512_set1_epi32(nibble ? (int)0x80402010 : 0x08040201); }
+// byte 2 i + kHalf of 32 at all four bytes of lane i
+template <int kHalf>
+inline Bytes spread_rows(const uint8_t* p) {
+  const __m512i pairs = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3),
+                                                 _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)));
+  const __m128i places = _mm_setr_epi8(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
+  return _mm512_shuffle_epi8(pairs, _mm512_broadcast_i32x4(_mm_add_epi8(places, _mm_set1_epi8(kHalf))));
+}
+// sum + level, where a bit is set
+inline Bytes add_where(Bytes sum, Bytes signs, Bytes bits, Bytes level) {
+  return _mm512_mask_add_epi8(sum, _mm512_test_epi8_mask(signs, bits), sum, level);
+}
+using LevelSum = Ints;
+inline LevelSum zero_level_sum() { return zero_ints(); }
+inline Bytes broadcast_four(const uint8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return _mm512_set1_epi32(four);
+}
+// GCC moves sums from register to register and then spills them; an empty statement after each pins them.
+inline void add_products(LevelSum& acc, Bytes levels, Bytes numbers) {
+  acc = _mm512_dpbusd_epi32(acc, levels, numbers);
+  asm("" : "+v"(acc));
+}
+inline Floats level_total(const LevelSum& acc) { return to_float(acc); }
+
 #include "half.inc"
 #include "transform.inc"
 #include "attend.inc"
 #include "pack.inc"
 #include "score.inc"
+#include "inputs.inc"
+#include "lut.inc"
+#include "bytes.inc"
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../kernels.h"
+#include "../matmul.h"
 
 namespace mikv {
 namespace {
@@ -109,11 +110,66 @@ inline void store_weights(uint8_t* p, Floats x) {
 inline void store_ints(int32_t* p, Floats x) { vst1q_s32(p, vcvtnq_s32_f32(x)); }
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+
+// Bytes of two rows in each 16-bit lane: their sums, see lut.inc.
+inline Bytes zero_bytes() { return vdupq_n_u8(0); }
+inline Bytes add_words(Bytes a, Bytes b) {
+  return vreinterpretq_u8_u16(vaddq_u16(vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b)));
+}
+inline Bytes add_odd_bytes(Bytes sum, Bytes x) {
+  return vreinterpretq_u8_u16(vsraq_n_u16(vreinterpretq_u16_u8(sum), vreinterpretq_u16_u8(x), 8));
+}
+inline Bytes even_bytes(Bytes all, Bytes odd) {
+  const uint16x8_t high = vshlq_n_u16(vreinterpretq_u16_u8(odd), 8);
+  return vreinterpretq_u8_u16(vsubq_u16(vreinterpretq_u16_u8(all), high));
+}
+inline void words_to_floats(Bytes words, int less, Floats* out) {
+  const int16x8_t numbers = vsubq_s16(vreinterpretq_s16_u8(words), vdupq_n_s16((int16_t)less));
+  out[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(numbers)));
+  out[1] = vcvtq_f32_s32(vmovl_high_s16(numbers));
+}
+constexpr int kMostLutRows = 16;
+constexpr int kLutRowsAtOnce = 2;
+
+// Signs as levels, and levels times signed bytes, see bytes.inc. Levels are multiplied as signed.
+constexpr int kMostLevel = 127;
+constexpr int kByteRowsAtOnce = 2, kByteVectors = 4;
+inline void store_bytes(uint8_t* p, Bytes x) { vst1q_u8(p, x); }
+inline Bytes four_times(Floats x) { return vreinterpretq_u8_u32(vmulq_n_u32(vcvtnq_u32_f32(x), 0x01010101)); }
+inline Bytes bits_of_nibble(int nibble) { return vreinterpretq_u8_u32(vdupq_n_u32(nibble ? 0x80402010 : 0x08040201)); }
+// byte 2 i + kHalf of 8 at all four bytes of lane i
+template <int kHalf>
+inline Bytes spread_rows(const uint8_t* p) {
+  const uint8_t places[16] = {0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6};
+  const uint8x8_t pairs = vld1_u8(p);
+  return vqtbl1q_u8(vcombine_u8(pairs, pairs), vaddq_u8(vld1q_u8(places), vdupq_n_u8(kHalf)));
+}
+// sum + level, where a bit is set
+inline Bytes add_where(Bytes sum, Bytes signs, Bytes bits, Bytes level) {
+  return vaddq_u8(sum, vandq_u8(vtstq_u8(signs, bits), level));
+}
+using LevelSum = Dot;
+inline LevelSum zero_level_sum() { return zero_dot(); }
+inline Bytes broadcast_four(const uint8_t* p) {
+  uint32_t four;
+  memcpy(&four, p, 4);
+  return vreinterpretq_u8_u32(vdupq_n_u32(four));
+}
+inline void add_products(LevelSum& acc, Bytes levels, Bytes numbers) {
+  const int8x16_t level = vreinterpretq_s8_u8(levels), number = vreinterpretq_s8_u8(numbers);
+  acc.low = vpadalq_s16(acc.low, vmull_s8(vget_low_s8(level), vget_low_s8(number)));
+  acc.high = vpadalq_s16(acc.high, vmull_high_s8(level, number));
+}
+inline Floats level_total(const LevelSum& acc) { return dot_total(acc); }
+
 #include "half.inc"
 #include "transform.inc"
 #include "attend.inc"
 #include "pack.inc"
 #include "score.inc"
+#include "inputs.inc"
+#include "lut.inc"
+#include "bytes.inc"
 
 }  // namespace
 

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "../kernels.h"
+#include "../matmul.h"
 
 namespace mikv {
 namespace {
@@ -129,12 +130,73 @@ inline void store_ints(int32_t* p, const Floats& x) {
 }
 inline void prefetch(const void*) {}
 
+
+// Bytes of two rows in each 16-bit lane: their sums, see lut.inc.
+template <class Function>
+inline Bytes by_word(Function function) {
+  uint16_t words[2 * kLanes];
+  for (int i = 0; i < 2 * kLanes; ++i) words[i] = (uint16_t)function(i);
+  Bytes x;
+  memcpy(x.byte, words, sizeof words);
+  return x;
+}
+inline int word(const Bytes& x, int i) { return x.byte[2 * i] | x.byte[2 * i + 1] << 8; }
+inline Bytes zero_bytes() { return {}; }
+inline Bytes add_words(const Bytes& a, const Bytes& b) {
+  return by_word([&](int i) { return word(a, i) + word(b, i); });
+}
+inline Bytes add_odd_bytes(const Bytes& sum, const Bytes& x) {
+  return by_word([&](int i) { return word(sum, i) + x.byte[2 * i + 1]; });
+}
+inline Bytes even_bytes(const Bytes& all, const Bytes& odd) {
+  return by_word([&](int i) { return word(all, i) - (word(odd, i) << 8); });
+}
+inline void words_to_floats(const Bytes& words, int less, Floats* out) {
+  for (int half = 0; half < 2; ++half) {
+    out[half] = by_lane([&](int i) { return (float)(int16_t)(word(words, half * kLanes + i) - less); });
+  }
+}
+constexpr int kMostLutRows = 2;
+constexpr int kLutRowsAtOnce = 2;
+
+// Signs as unsigned levels, and levels times signed bytes, see bytes.inc.
+constexpr int kMostLevel = 255;
+constexpr int kByteRowsAtOnce = 2, kByteVectors = 4;
+inline void store_bytes(uint8_t* p, const Bytes& x) { memcpy(p, x.byte, sizeof x.byte); }
+inline Bytes four_times(const Floats& x) {
+  return by_byte([&](int i) { return (uint8_t)lrintf(x.lane[i / 4]); });
+}
+inline Bytes bits_of_nibble(int nibble) {
+  return by_byte([&](int i) { return 1 << (4 * nibble + i % 4); });
+}
+// byte 2 i + kHalf of 32 at all four bytes of lane i
+template <int kHalf>
+inline Bytes spread_rows(const uint8_t* p) {
+  return by_byte([&](int i) { return p[i / 4 * 2 + kHalf]; });
+}
+// sum + level, where a bit is set
+inline Bytes add_where(const Bytes& sum, const Bytes& signs, const Bytes& bits, const Bytes& level) {
+  return by_byte([&](int i) { return sum.byte[i] + (signs.byte[i] & bits.byte[i] ? level.byte[i] : 0); });
+}
+using LevelSum = Ints;
+inline LevelSum zero_level_sum() { return {}; }
+inline Bytes broadcast_four(const uint8_t* p) {
+  return by_byte([&](int i) { return p[i % 4]; });
+}
+inline void add_products(LevelSum& acc, const Bytes& levels, const Bytes& numbers) {
+  for (int i = 0; i < 4 * kLanes; ++i) acc.lane[i / 4] += levels.byte[i] * (int8_t)numbers.byte[i];
+}
+inline Floats level_total(const LevelSum& acc) { return dot_total(acc); }
+
 #include "half.inc"
 inline Floats from_half(const uint16_t* p) { return by_lane([&](int i) { return half_to_float(p[i]); }); }
 #include "transform.inc"
 #include "attend.inc"
 #include "pack.inc"
 #include "score.inc"
+#include "inputs.inc"
+#include "lut.inc"
+#include "bytes.inc"
 
 }  // namespace
 

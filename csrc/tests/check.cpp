@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -190,6 +191,9 @@ struct Result {
 // numbers on the border between two codes. Several times what 2,000 rounds have shown.
 Result same(const char* name, Buffer<float> numbers) { return {name, std::move(numbers), 1e-3, 1e-4, 0}; }
 Result bytes(const char* name, Buffer<float> numbers) { return {name, std::move(numbers), 0.2, 2e-2, 0}; }
+// The same sums looked up, but for ties between two entries of a table; levels of 7 bits instead of 8.
+Result looked_up(const char* name, Buffer<float> numbers) { return {name, std::move(numbers), 5e-2, 5e-3, 0}; }
+Result levels(const char* name, Buffer<float> numbers) { return {name, std::move(numbers), 0.15, 3e-2, 0}; }
 Result codes(const char* name, Buffer<float> numbers) { return {name, std::move(numbers), 1e-2, 2e-3, 20}; }
 
 // All that is random about a round.
@@ -340,6 +344,75 @@ void add_demotion(Round& round, std::vector<Result>& results) {
   results.push_back(codes("low tier after demotion", decoded(round, round.low)));
 }
 
+// ---- weights in binary coding
+
+float value_of_brain(uint16_t brain) {
+  const uint32_t bits = uint32_t(brain) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// A matrix with its memory, and rows of inputs, of which there are enough for the size of their products to be typical.
+struct WeightRound {
+  Random random;
+  Matmul call{};
+  Buffer<uint8_t> codes;
+  Buffer<uint16_t> scales, brains;
+  Buffer<float> inputs, bias, outputs;
+
+  explicit WeightRound(uint64_t seed) : random(seed) {
+    call.out_features = random.one_of({1, 7, 63, 64, 65, 200});
+    call.in_features = random.one_of({32, 40, 96, 127, 576, 1000});
+    const int64_t group_size = random.one_of({32, 64, 96, 128, 192, 1000});
+    call.group_size = std::min(group_size, call.in_features);
+    call.planes = int32_t(random.in(1, kMaxPlanes)), call.bits = int32_t(random.in(1, call.planes));
+    call.uniform = random.often(30), call.has_offset = random.often(50);
+    call.num_rows = std::max<int64_t>(random.one_of({1, 2, 3, 5, 8, 33, 300}), 64 / call.out_features);
+    codes.resize(size_t(tiles_of(call) * tile_bytes(call)));
+    for (uint8_t& x : codes) x = uint8_t(random.bits());
+    add_scales();
+    inputs = normals(random, call.num_rows * call.in_features, std::ldexp(1.0f, random.one_of({0, 0, -10, 5})));
+    outputs.resize(size_t(call.num_rows * call.out_features));
+    if (random.often(50)) bias = normals(random, call.out_features, 0.1f);
+    call.codes = codes.data(), call.scales = scales.data(), call.bias = bias.empty() ? nullptr : bias.data();
+    call.inputs = inputs.data(), call.output = outputs.data();
+    if (random.often(30)) use_brains();
+  }
+
+  void add_scales() {
+    const int64_t n = scales_of(call);
+    for (int64_t i = 0; i < tiles_of(call) * groups_of(call) * n; ++i) {
+      const bool is_offset = call.has_offset && i % n == n - 1;
+      for (int j = 0; j < kTileRows; ++j) scales.push_back(random.half(-5, is_offset ? -4 : -3, !is_offset));
+    }
+  }
+
+  void use_brains() {
+    call.numbers = kBfloat16;
+    for (float x : inputs) {
+      uint32_t bits;
+      std::memcpy(&bits, &x, sizeof bits);
+      brains.push_back(uint16_t(bits >> 16));
+    }
+    call.inputs = brains.data();
+  }
+
+  Buffer<float> product(MatmulPath path) {
+    Buffer<uint16_t> out(call.numbers == kBfloat16 ? outputs.size() : 0);
+    if (!out.empty()) call.output = out.data();
+    matmul(call, path, kThreads);
+    for (size_t i = 0; i < out.size(); ++i) outputs[i] = value_of_brain(out[i]);
+    return outputs;
+  }
+};
+
+void add_products(uint64_t seed, std::vector<Result>& results) {
+  WeightRound round(seed);
+  results.push_back(looked_up("product by tables", round.product(kTables)));
+  results.push_back(levels("product by bytes", round.product(kBytes)));
+}
+
 // All operations with one instruction set, on tiers that the scalar one has packed.
 std::vector<Result> run(uint64_t seed, const std::string& isa) {
   std::vector<Result> results;
@@ -355,6 +428,7 @@ std::vector<Result> run(uint64_t seed, const std::string& isa) {
   add_attention(round, true, results);
   add_attention(round, false, results);
   add_prompt_scores(round, results);
+  add_products(seed, results);
   add_demotion(round, results);
   use_isa("scalar");
   results.push_back(codes("packed high tier", decoded(own, own.high)));

@@ -1,5 +1,6 @@
 """The native kernels (csrc/bindings.cpp). Tensors are passed as DLPack capsules; `mikv.ops.cpu` is the only user."""
 
+from collections.abc import Sequence
 from typing import Any
 
 _Array = Any
@@ -71,6 +72,16 @@ def score_prompt(
     distance: int,
     num_threads: int,
     received: _Array,
+) -> None: ...
+def matmul(
+    inputs: _Array,
+    codes: _Array,
+    scales: _Array,
+    bias: _Array | None,
+    sizes: Sequence[int],
+    path: int,
+    num_threads: int,
+    output: _Array,
 ) -> None: ...
 def stream(data: _Array, num_threads: int) -> int: ...
 def isa() -> str: ...

@@ -1,21 +1,27 @@
-"""The operations on packed tiers, one signature for every backend: native kernels for the CPU, PyTorch for the rest."""
+"""The operations on packed tiers and weights, one signature for every backend: native kernels for the CPU, PyTorch for
+the rest."""
 
 import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from mikv.ops import cpu, fallback, native
+from mikv.ops import cpu, fallback, matmul, native
+from mikv.ops.matmul import MatmulShape, arrange, restore
 from mikv.ops.segments import AttentionOptions, attend_unpacked, visible
 from mikv.ops.views import TierView
 
 __all__ = [
     "AttentionOptions",
+    "MatmulShape",
     "TierView",
     "append",
+    "arrange",
     "attend",
     "attend_unpacked",
     "demote",
+    "lut_matmul",
     "pack",
+    "restore",
     "score_prompt",
     "unpack",
     "visible",
@@ -45,3 +51,4 @@ pack = _by_device(cpu.pack, fallback.pack)
 unpack = _by_device(cpu.unpack, fallback.unpack)
 demote = _by_device(cpu.demote, fallback.demote)
 score_prompt = _by_device(cpu.score_prompt, fallback.score_prompt)
+lut_matmul = _by_device(cpu.lut_matmul, matmul.lut_matmul)

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from mikv.errors import NumericsError
 from mikv.ops import native, schema
+from mikv.ops.matmul import MatmulShape
 from mikv.ops.schema import LIBRARY, flat_transforms
 from mikv.ops.segments import AttentionOptions
 from mikv.ops.views import FlatTier, TierView
 from mikv.transforms import KeyTransform, ValueTransform
 
 Transforms = tuple[KeyTransform, ValueTransform]
+
+_MOST_AXES = 5  # of a tensor whose rows C++ counts
 
 
 def attend(
@@ -134,6 +137,15 @@ def score_prompt(
     return received
 
 
+def lut_matmul(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, shape: MatmulShape) -> Tensor:
+    """x (..., K) times an arranged matrix; see matmul.lut_matmul."""
+    inputs = x if x.is_contiguous() and x.dim() <= _MOST_AXES else x.reshape(-1, shape.in_features).contiguous()
+    differentiates = x.requires_grad and torch.is_grad_enabled()
+    kernel = torch.ops.mikv.lut_matmul if differentiates else _route(x, _lut_matmul, torch.ops.mikv.lut_matmul)
+    output: Tensor = kernel(inputs, codes, scales, bias, shape.flat)
+    return output if inputs is x else output.view(*x.shape[:-1], shape.out_features)
+
+
 def _route(x: Tensor, kernel: Callable[..., Any], operation: Callable[..., Any]) -> Callable[..., Any]:
     """The operation if something traces it; else its kernel, which saves the 12 microseconds of the dispatcher."""
     return operation if torch.compiler.is_compiling() or type(x) is not Tensor else kernel
@@ -218,6 +230,12 @@ def _score_prompt(queries: Tensor, keys: Tensor, *options: Any) -> Tensor:
     return received
 
 
+def _lut_matmul(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> Tensor:
+    output = schema.lut_matmul_result(x, sizes)
+    _module().matmul(x, codes, scales, bias, sizes, 0, torch.get_num_threads(), output)
+    return output
+
+
 def _module() -> ModuleType:
     if native.module is None:
         raise RuntimeError(f"mikv's native CPU kernels are not in use: {native.reason}")
@@ -241,5 +259,6 @@ for _name, _kernel in (
     ("unpack", _unpack),
     ("demote", _demote),
     ("score_prompt", _score_prompt),
+    ("lut_matmul", _lut_matmul),
 ):
     LIBRARY.impl(_name, _kernel, "CPU")

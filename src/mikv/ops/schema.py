@@ -4,13 +4,15 @@ This is what `torch.compile` traces. A tier is flattened to its parts, pages, co
 a device (cpu.py) are registered against these schemas. Shapes are those of `mikv.ops`; nothing is computed here.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
+from torch.library import Library, register_autograd, register_fake
 
 from mikv.formats import BLOCK_TOKENS
+from mikv.ops.matmul import MatmulShape, dequantize
 from mikv.transforms import KeyTransform, ValueTransform
 
 FlatTransforms = tuple[Tensor | None, Tensor | None, Tensor | None, int, int]
@@ -46,6 +48,7 @@ _SCHEMAS = (
     f"demote({_tier('high', 'a')}, Tensor(b!) score, Tensor(c!) position, {_tier('low', 'd')}, SymInt row, "
     f"Tensor slots, SymInt head_dim, {_TRANSFORMS}, Tensor? key_feedback) -> ()",
     f"score_prompt(Tensor queries, Tensor keys, Tensor? mask, {_OPTIONS}, SymInt stride, SymInt distance) -> Tensor",
+    "lut_matmul(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int[] sizes) -> Tensor",
 )
 
 LIBRARY = Library("mikv", "DEF")
@@ -78,6 +81,11 @@ def score_prompt_result(keys: Tensor) -> Tensor:
     return keys.new_empty(keys.shape[:3], dtype=torch.float32)
 
 
+def lut_matmul_result(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A tensor for the result of lut_matmul; `sizes` are those of `MatmulShape.flat`."""
+    return x.new_empty(*x.shape[:-1], sizes[0])
+
+
 def _fake_attend(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, high: list[Tensor], pages: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,6 +102,23 @@ def _fake_score_prompt(queries: Tensor, keys: Tensor, *_: Any) -> Tensor:
     return score_prompt_result(keys)
 
 
+def _fake_lut_matmul(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
+    return lut_matmul_result(x, sizes)
+
+
+def _keep_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scales, _, sizes = inputs
+    ctx.save_for_backward(codes, scales)
+    ctx.sizes = sizes
+
+
+def _lut_matmul_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    """Of the inputs only: codes and scales are not trained, nor is the bias."""
+    codes, scales = ctx.saved_tensors
+    matrix = dequantize(codes, scales, MatmulShape.of(ctx.sizes)).to(gradient.dtype)
+    return gradient @ matrix, None, None, None, None
+
+
 def _fake_in_place(*_: Any) -> None:
     pass
 
@@ -104,3 +129,5 @@ register_fake("mikv::append", _fake_in_place, lib=LIBRARY)
 register_fake("mikv::unpack", _fake_unpack, lib=LIBRARY)
 register_fake("mikv::demote", _fake_in_place, lib=LIBRARY)
 register_fake("mikv::score_prompt", _fake_score_prompt, lib=LIBRARY)
+register_fake("mikv::lut_matmul", _fake_lut_matmul, lib=LIBRARY)
+register_autograd("mikv::lut_matmul", _lut_matmul_gradient, setup_context=_keep_weights, lib=LIBRARY)
