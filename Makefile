@@ -11,7 +11,7 @@ RESULTS := docs/results
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 NATIVE := CMakeLists.txt $(wildcard csrc/* csrc/kernels/*)
 
-.PHONY: demo test unit lint format types conformance sweep report pages paper prefill bench check-symbols sanitize arm browser fuzz clean
+.PHONY: demo test unit lint format types conformance sweep report pages paper prefill plan weights bench check-symbols sanitize arm browser fuzz clean
 
 demo: $(READY)
 	$(BIN)/mikv demo
@@ -83,12 +83,25 @@ paper: $(READY)
 prefill: $(READY)
 	$(BIN)/python scripts/prefill.py
 
+# Regenerates docs/results/plan.md: the planner beside published and measured times. Wants a machine that does nothing else.
+plan: $(READY)
+	$(BIN)/python scripts/plan_page.py
+
+# Regenerates docs/results/weights.md: what quantized weights do to predictions. `model=FOLDER` measures another model,
+# `cells=refined:3:128,gptq:3:64` other methods, bits and group sizes.
+weights: model ?= smollm2
+weights: $(READY)
+	$(BIN)/python scripts/weights.py --model $(model) $(if $(cells),--cells $(cells))
+	$(BIN)/python scripts/weights.py --page
+
 # Regenerates the tables and pictures of `mikv bench`. Installs what mikv is compared with, of which llama.cpp is compiled
 # for several minutes; then wants a machine that does nothing else for as long again.
 bench: $(READY)
 	$(PIP) --no-build-isolation --editable ".[bench]"
 	$(BIN)/mikv bench attention --threads 1 --steps 512 \
 	  --out $(RESULTS)/bench_attention.jsonl --plot $(RESULTS)/bench_attention.png
+	for threads in 1 2; do $(BIN)/mikv bench matmul --threads $$threads --out $(RESULTS)/bench_matmul_$$threads.jsonl \
+	  --plot $(RESULTS)/bench_matmul_$$threads.png || exit 1; done
 	$(BIN)/mikv bench generate --contexts 64,4096,8000 \
 	  --caches full,quanto4,mikv:balanced,mikv:small,llama.cpp:f16,llama.cpp:q8_0 --threads 2 \
 	  --out $(RESULTS)/bench_generate.jsonl --plot $(RESULTS)/bench_generate.png

@@ -43,9 +43,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> int:
     """The last-level cache of a machine that is so small that reading twice of it takes no time, in bytes."""
-    from mikv.bench import attention, streaming
+    from mikv.bench import attention, matmul, streaming
 
     num_bytes = 1 << 19
-    for module in (attention, streaming):
+    for module in (attention, matmul, streaming):
         monkeypatch.setattr(module, "last_level_cache_bytes", lambda: num_bytes)
     return num_bytes

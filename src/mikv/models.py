@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mikv.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
+from mikv.errors import CheckpointError, ConfigError, MiKVError, ModelNotFoundError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,8 @@ def load_model(
     on_progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load `smollm2` (bundled), a folder, a .gguf file or a hub id, on the CPU and with the model's default attention.
+
+    Folders may hold weights that `mikv.quantize` made.
 
     `dtype` defaults to the checkpoint's own; GGUF files, the bundled model among them, are unpacked to float32.
     `on_progress` is called with one line for every step that takes seconds. Raises ModelNotFoundError if there is no
@@ -118,6 +120,8 @@ def _from_pretrained(name: str, source: Path | str, dtype: "torch.dtype | None")
         AutoConfig.from_pretrained(source)  # the tokenizer alone would wait for an unreachable hub twice
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+    except MiKVError:
+        raise  # what our own quantizer says of a checkpoint
     except SafetensorError as error:
         raise CheckpointError(f"the weights of {name!r} are damaged: {error}") from error
     except OSError as error:

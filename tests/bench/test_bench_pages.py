@@ -46,6 +46,16 @@ def attention_rows():
     ]
 
 
+def matmul_rows():
+    numbers = {"ms_cold": 0.5, "ms_warm": 0.25, "bits_per_weight": 3.5, "bytes": 1 << 20, "gbps": 7.0}
+    numbers |= {"speedup_cold": 9.5, "speedup_warm": 12.0, "bandwidth_share": 0.5, "rel_error": 1e-3}
+    numbers |= {"format_error": 0.17, "skipped": None}
+    missing = dict.fromkeys(numbers) | {"skipped": "needs onnxruntime"}
+    names = (("mikv", 3), ("torch_fp32", 32), ("llama.cpp_Q3_K", 3))
+    rows = [{"kernel": kernel, "bits": bits, "rows": n} | numbers for n in (1, 128) for kernel, bits in names]
+    return [*rows, *({"kernel": "onnxruntime", "bits": 2, "rows": n} | missing for n in (1, 128))]
+
+
 @pytest.fixture
 def generated():
     setting = {"model": "folder/smollm2", "dtype": "float32", "new_tokens": 32, "repeats": 3}
@@ -58,6 +68,13 @@ def attended():
     setting = {"stream_gbps": 14.0, "stream_method": "a kernel", "shape": shape}
     setting |= {"cold_bytes": 64 << 20, "last_level_cache_bytes": 32 << 20}
     return records_of("attention", MACHINE | setting | {"rows": attention_rows()})
+
+
+@pytest.fixture
+def multiplied():
+    setting = {"stream_gbps": 14.0, "stream_method": "a kernel", "shape": {"m": 4096, "k": 4096, "group_size": 128}}
+    setting |= {"cold_bytes": 64 << 20, "last_level_cache_bytes": 32 << 20, "peer_options": {"onnxruntime": "options"}}
+    return records_of("matmul", MACHINE | setting | {"rows": matmul_rows()})
 
 
 def test_a_record_says_all_about_its_row(generated):
@@ -104,7 +121,16 @@ def test_an_attention_page_has_a_column_for_upkeep_only_if_it_was_measured(atten
     assert page_of(attended[1:]).columns[-1] == "error"
 
 
-@pytest.mark.parametrize("bench", ["generated", "attended"])
+def test_a_matmul_page_names_kernels_with_their_bits_and_what_was_skipped_once(multiplied):
+    page = page_of(multiplied)
+    expected = ("mikv 3", "1", "3.50", "0.500", "0.250", "9.50", "7.0", "50%", "1e-03", "0.170")
+    assert page.rows[0] == expected
+    assert [row[:2] for row in page.rows[1:4]] == [("torch_fp32", "1"), ("llama.cpp_Q3_K", "1"), ("mikv 3", "128")]
+    assert page.skipped == ("onnxruntime 2: needs onnxruntime",)
+    assert "onnxruntime: options." in page.circumstances
+
+
+@pytest.mark.parametrize("bench", ["generated", "attended", "multiplied"])
 def test_markdown_states_command_and_hardware_and_has_whole_rows(bench, request, tmp_path):
     page = page_of(request.getfixturevalue(bench))
     text = page.to_markdown(tmp_path / "picture.png")
@@ -115,7 +141,7 @@ def test_markdown_states_command_and_hardware_and_has_whole_rows(bench, request,
     assert widths == {len(page.columns) + 1}
 
 
-@pytest.mark.parametrize("bench", ["generated", "attended"])
+@pytest.mark.parametrize("bench", ["generated", "attended", "multiplied"])
 @pytest.mark.skipif(not is_installed("matplotlib"), reason="needs matplotlib")
 @pytest.mark.filterwarnings("default")
 def test_pictures_are_drawn(bench, request, tmp_path):

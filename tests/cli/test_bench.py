@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from mikv import cache_names
-from mikv.bench import attention, kernels, plots
+from mikv.bench import attention, kernels, matmul, plots
 from mikv.bench.machine import command_line
 
 pytestmark = pytest.mark.usefixtures("small_machine")
@@ -17,7 +17,7 @@ TINY = ("--tokens", 256, "--heads", 4, "--kv-heads", 2, "--head-dim", 32, "--sec
 @pytest.fixture
 def unmeasured(monkeypatch):
     """Measuring or starting a process is a failure."""
-    for owner, name in ((subprocess, "run"), (attention, "run")):
+    for owner, name in ((subprocess, "run"), (attention, "run"), (matmul, "run")):
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: pytest.fail("something was measured"))
 
 
@@ -53,6 +53,17 @@ def test_generate_keeps_the_json_contract(mikv, tiny_folder, monkeypatch):
     assert "optimum-quanto" in skipped["skipped"]
     assert (measured["cache"], measured["context"], measured["skipped"]) == ("mikv:small", 70, None)
     assert measured["decode_tokens_per_second"] > 0
+
+
+def test_matmul_keeps_the_json_contract(mikv):
+    sizes = ("--m", 64, "--k", 128, "--rows", "1,3", "--bits", "2", "--group-size", 32, "--seconds", 0.0001)
+    result = mikv("bench", "matmul", *sizes, "--threads", 1, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert {"stream_gbps", "threads", "hardware", "isa", "versions", "command", "rows"} <= set(record)
+    keys = {"kernel", "bits", "rows", "ms_cold", "ms_warm", "gbps", "bandwidth_share", "rel_error", "bytes", "skipped"}
+    assert all(keys <= set(row) for row in record["rows"])
+    assert {(row["bits"], row["rows"]) for row in record["rows"] if row["kernel"] == "mikv"} == {(2, 1), (2, 3)}
 
 
 def test_people_get_a_table_what_it_means_and_what_was_skipped(mikv, monkeypatch):
@@ -93,6 +104,10 @@ def test_records_are_drawn_again(mikv, tmp_path):
         (("attention", "--steps", 5), "--steps 5 must be a multiple of 32"),
         (("attention", "--threads", 0), "--threads 0 must be between 1 and"),
         (("attention", "--out", "a.txt"), "--out a.txt must end in .jsonl"),
+        (("matmul", "--rows", "1,all"), "--rows '1,all' must be whole numbers with commas"),
+        (("matmul", "--bits", "9"), "--bits 9 must be 1, 2, 3 or 4"),
+        (("matmul", "--threads", 0), "--threads 0 must be between 1 and"),
+        (("matmul", "--out", "a.txt"), "--out a.txt must end in .jsonl"),
         (("attention", "--plot", "nowhere/a.png"), "there is no folder nowhere"),
         (("generate", "--contexts", "64,many"), "'many' is not a whole number of tokens"),
         (("generate", "--caches", "full,fool"), "unknown cache 'fool'; the caches are full, int8, "),
@@ -121,6 +136,6 @@ def test_the_command_is_recorded_without_what_was_not_given():
 
 
 def test_bench_is_a_group_with_help_for_each_command(mikv):
-    for command in ("attention", "generate", "plot"):
+    for command in ("attention", "matmul", "generate", "plot"):
         assert f" {command} " in mikv("bench", "--help").stdout
         assert mikv("bench", command, "--help").exit_code == 0

@@ -14,7 +14,7 @@ from mikv.errors import ConfigError
 from mikv.ops import native
 from mikv.processor import cpu_model
 
-_PACKAGES = ("mikv", "torch", "transformers", "optimum-quanto", "hqq", "llama-cpp-python")
+_PACKAGES = ("mikv", "torch", "transformers", "optimum-quanto", "hqq", "llama-cpp-python", "onnxruntime")
 
 
 def circumstances(command: str) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class Page:
 
 def page_of(records: Sequence[Record]) -> Page:
     """The page of the records of one bench."""
-    return {"attention": attention_page, "generate": generate_page}[records[0]["bench"]](records)
+    pages = {"attention": attention_page, "generate": generate_page, "matmul": matmul_page}
+    return pages[records[0]["bench"]](records)
 
 
 def attention_page(records: Sequence[Record]) -> Page:
@@ -48,9 +49,7 @@ def attention_page(records: Sequence[Record]) -> Page:
         circumstances=(
             f"{shape['heads']} query heads on {shape['kv_heads']} KV heads of {shape['head_dim']}, "
             f"{shape['tokens']:,} tokens, batch {shape['batch']}; {_machine(first)}; "
-            f"memory read at {first['stream_gbps']:.1f} GB/s by {first['stream_method']}; between two steps on one "
-            f"layer {first['cold_bytes'] / 2**20:,.0f} MiB are read, the last-level cache has "
-            f"{first['last_level_cache_bytes'] / 2**20:,.0f}."
+            f"{_memory(first, 'step on one layer')}"
         ),
         meaning=(
             "Of stream: packed bytes per second as a share of what reading memory reaches in the same run; ideal fp16: "
@@ -121,8 +120,48 @@ def generate_page(records: Sequence[Record]) -> Page:
     )
 
 
+def matmul_page(records: Sequence[Record]) -> Page:
+    """Numbers of rows in the order in which they were asked for, kernels in that in which they were measured."""
+    first, shape = records[0], records[0]["shape"]
+    measured = [record for record in records if record["skipped"] is None]
+    return Page(
+        title="Products with stored weights",
+        circumstances=(
+            f"{shape['m']:,} outputs of {shape['k']:,} inputs, groups of {shape['group_size']}; {_machine(first)}; "
+            f"{_memory(first, 'visit of the same weights')} onnxruntime: {first['peer_options']['onnxruntime']}."
+        ),
+        meaning=(
+            "Cold: weights that come from memory; warm: that were just read; × fp32: times as fast as PyTorch in "
+            "float32 in the same turns, cold; of stream: bytes of weights per second when cold as a share of what "
+            "reading memory reaches in the same run; error: of the arithmetic, against float64 over the same stored "
+            "numbers; with format: against float64 over the weights as they were."
+        ),
+        columns=("kernel", "rows", "bits", "cold ms", "warm ms", "× fp32", "GB/s", "of stream", "error", "with format"),
+        rows=tuple(
+            (
+                kernel_name(record),
+                str(record["rows"]),
+                f"{record['bits_per_weight']:.2f}",
+                f"{record['ms_cold']:#.3g}",
+                f"{record['ms_warm']:#.3g}",
+                f"{record['speedup_cold']:#.3g}",
+                f"{record['gbps']:.1f}",
+                f"{record['bandwidth_share']:.0%}",
+                f"{record['rel_error']:.0e}",
+                f"{record['format_error']:.3f}",
+            )
+            for record in measured
+        ),
+        skipped=_skipped(records, kernel_name),
+        command=first["command"],
+    )
+
+
 def kernel_name(record: Record) -> str:
-    """`mikv 20% int8 + 80% int2`, `sdpa_fp32`."""
+    """`mikv 20% int8 + 80% int2`, `sdpa_fp32`; of products `mikv 3`, `llama.cpp_Q4_K`."""
+    if record["bench"] == "matmul":
+        several = record["kernel"].startswith(("mikv", "onnxruntime"))  # the others' names say how many bits
+        return f"{record['kernel']} {record['bits']}" if several else str(record["kernel"])
     return f"mikv {record['config']}" if record["kernel"] == "mikv" else str(record["kernel"])
 
 
@@ -139,6 +178,15 @@ def model_name(record: Record) -> str:
 def _machine(record: Record) -> str:
     threads = "1 thread" if record["threads"] == 1 else f"{record['threads']} threads"
     return f"{threads} on {record['hardware']}; kernels: {record['isa']}; torch {record['versions']['torch']}"
+
+
+def _memory(record: Record, what: str) -> str:
+    """How fast memory is, and how cold; `what` there is between two of."""
+    return (
+        f"memory read at {record['stream_gbps']:.1f} GB/s by {record['stream_method']}; from one {what} to the next "
+        f"{record['cold_bytes'] / 2**20:,.0f} MiB are read, the last-level cache has "
+        f"{record['last_level_cache_bytes'] / 2**20:,.0f}."
+    )
 
 
 def _times(count: int) -> str:

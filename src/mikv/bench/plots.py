@@ -55,7 +55,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         matplotlib.use("Agg")
         pyplot = import_module("matplotlib.pyplot")
-        figure = {"attention": _attention, "generate": _generate}[records[0]["bench"]](pyplot, measured)
+        figures = {"attention": _attention, "generate": _generate, "matmul": _matmul}
+        figure = figures[records[0]["bench"]](pyplot, measured)
         figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
         pyplot.close(figure)
 
@@ -166,6 +167,48 @@ def _attention(pyplot: Any, records: Sequence[Record]) -> Any:
         axes.spines["left"].set_visible(False)
     tokens = f"{shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, {shape['tokens']:,} tokens"
     _caption(figure, tokens + (f", batch {shape['batch']}" if shape["batch"] > 1 else ""), first)
+    return figure
+
+
+def _matmul(pyplot: Any, records: Sequence[Record]) -> Any:
+    """Share of the memory's speed with the fewest rows, and how many times PyTorch's speed with each number of rows."""
+    first, shape = records[0], records[0]["shape"]
+    counts = sorted({record["rows"] for record in records})
+    fewest = [record for record in records if record["rows"] == counts[0]]
+    names = [kernel_name(record) for record in fewest]
+    colors = [_COLORS["mikv"][0] if record["kernel"].startswith("mikv") else _PALE for record in fewest]
+    height = 1.9 + 0.3 * len(names)
+    figure, (share, speed) = pyplot.subplots(1, 2, figsize=(_WIDTH, height), sharey=True, layout="constrained")
+    _leave_room(figure, height)
+
+    share.barh(range(len(names)), [100 * record["bandwidth_share"] for record in fewest], color=colors, height=0.66)
+    share.set_title(f"Share of memory's reading speed, %, rows: {counts[0]}")
+    share.set_xlim(0, max(100, *(135 * record["bandwidth_share"] for record in fewest)))
+    share.axvline(100, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    for row, record in enumerate(fewest):
+        text = f"{100 * record['bandwidth_share']:.0f} %  ({record['ms_cold']:.2f} ms)"
+        _beside(share, 100 * record["bandwidth_share"], row, text)
+    share.set_yticks(range(len(names)), names)
+    share.invert_yaxis()
+
+    sizes = [90 / (1 + i) for i in range(len(counts))]
+    for count, size in zip(counts, sizes, strict=True):
+        own = [record for record in records if record["rows"] == count]
+        places = [names.index(kernel_name(record)) for record in own]
+        style = {"color": [colors[place] for place in places], "s": size, "zorder": 3, "alpha": 0.85}
+        speed.scatter([record["speedup_cold"] for record in own], places, **style)
+        speed.scatter([], [], color=_INK, s=size, label=f"{count}")
+    speed.set_xscale("log")
+    speed.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    speed.set_title("Times as fast as PyTorch in float32")
+    speed.legend(title="rows", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    speed.grid(axis="x")
+    speed.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    speed.xaxis.set_minor_formatter(lambda x, _: "")
+    for axes in (share, speed):
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    _caption(figure, f"{shape['m']:,}×{shape['k']:,}, groups of {shape['group_size']}, from memory", first)
     return figure
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from mikv.errors import ConfigError
 from mikv.records import Record, read_lines
 
-BENCHES = ("attention", "generate")
+BENCHES = ("attention", "generate", "matmul")
 
 
 def records_of(bench: str, result: Mapping[str, Any]) -> list[Record]:

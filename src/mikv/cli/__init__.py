@@ -13,7 +13,7 @@ from mikv import __version__
 from mikv.errors import MiKVError
 
 # each is a function, or a group of commands, of that name in the module of that name
-COMMANDS = ("generate", "chat", "demo", "bench", "eval", "check", "sweep", "report", "info")
+COMMANDS = ("generate", "chat", "demo", "bench", "eval", "check", "sweep", "report", "quantize", "plan", "info")
 
 
 class Commands(TyperGroup):

@@ -1,4 +1,4 @@
-"""`mikv bench`: how fast attention is, how fast a model decodes with a cache, and pictures of both."""
+"""`mikv bench`: how fast attention and products with weights are, how fast a model decodes, and pictures of them."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ PlotOption = Annotated[Path | None, typer.Option(help="Draw the result into this
 
 @bench.callback()
 def _bench() -> None:
-    """Measure attention kernels, and models that decode with one cache or another."""
+    """Measure attention kernels, products with weights, and models that decode with one cache or another."""
 
 
 @bench.command()
@@ -75,6 +75,33 @@ def attention(
         facts = machine.circumstances(machine.command_line("attention", options))
         result = facts | run(shape, preset, effort, show)
     _present("attention", result, as_json, out, plot)
+
+
+@bench.command()
+def matmul(
+    m: Annotated[int, typer.Option(help="Outputs: rows of the weights.")] = 4096,
+    k: Annotated[int, typer.Option(help="Inputs: columns of the weights.")] = 4096,
+    rows: Annotated[str, typer.Option(help="Rows of activations, separated by commas.")] = "1,4,8,128",
+    bits: Annotated[str, typer.Option(help="Bits of the weights, separated by commas.")] = "2,3,4",
+    group_size: Annotated[int, typer.Option(help="Inputs that share scales; all of them if there are fewer.")] = 128,
+    threads: ThreadsOption = None,
+    seconds: Annotated[float, typer.Option(help="Seconds per kernel and number of rows.")] = 1.0,
+    as_json: JsonOption = False,
+    out: OutOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Time products with weights in few bits, mikv's and others', that must come from memory or need not."""
+    from mikv.bench import machine
+    from mikv.bench.matmul import run
+    from mikv.bench.matmul_plan import MatmulPlan, parse_counts
+
+    plan = MatmulPlan(m, k, parse_counts("--rows", rows), parse_counts("--bits", bits), group_size, seconds)
+    _require_destinations(out, plot)
+    options = {"m": m, "k": k, "rows": rows, "bits": bits, "group-size": group_size, "threads": threads}
+    with machine.threads(threads), _spinner(as_json) as show:
+        facts = machine.circumstances(machine.command_line("matmul", options | {"seconds": f"{seconds:g}"}))
+        result = facts | run(plan, show)
+    _present("matmul", result, as_json, out, plot)
 
 
 @bench.command()

@@ -62,7 +62,14 @@ def eval(
     from mikv.lab.records import Ledger
 
     names = tuple(caches or DEFAULT_CACHES)
-    options = {"--model": model, "--reference": reference, "--cache": names, "--samples": samples, "--seed": seed, "--dtype": dtype}
+    options = {
+        "--model": model,
+        "--reference": reference,
+        "--cache": names,
+        "--samples": samples,
+        "--seed": seed,
+        "--dtype": dtype,
+    }
     options |= {"--chunk": chunk, "--threads": threads, "--processes": processes if processes > 1 else None}
     options |= {"--allow-code-execution": allow_code_execution or None}
     with machine.threads(threads):

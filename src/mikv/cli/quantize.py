@@ -1,0 +1,117 @@
+"""`mikv quantize`: a model with binary-coded weights in a new folder, which every command takes as --model."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mikv.cli.measuring import bar, command_line
+from mikv.cli.quantize_order import Order
+from mikv.errors import ConfigError
+from mikv.records import require_writable
+
+if TYPE_CHECKING:
+    from mikv.integrations.quantizer import BCQConfig
+
+_WHOLE_ROWS = "row"
+
+
+def quantize(
+    model: Annotated[
+        str, typer.Argument(help="What to quantize: smollm2 (bundled), a folder, a .gguf file or a hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write; --model OUT then works everywhere.")],
+    bits: Annotated[int, typer.Option(help="Bits of a weight, from 1 to 8.")] = 4,
+    group_size: Annotated[
+        str, typer.Option(help="Inputs that share scales, a multiple of 32, or `row` for all of them.")
+    ] = "128",
+    method: Annotated[
+        str, typer.Option(help="How codings are found: auto, or one of mikv.weights.solve.METHODS.")
+    ] = "auto",
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="A text file that shows what the model will read, or `none`. [default: English and Python]"),
+    ] = None,
+    budget_bits: Annotated[
+        float | None,
+        typer.Option(help="Give each layer as many bits as it needs, this many on average, scales included."),
+    ] = None,
+    embeddings: Annotated[
+        bool,
+        typer.Option("--embeddings/--no-embeddings", help="Also quantize the token embedding and the output head."),
+    ] = False,
+    nested: Annotated[
+        bool, typer.Option("--nested", help="Also keep scales for reading the same weights with fewer bits, down to 2.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the error of every layer into this .png file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUT if there is one.")] = False,
+) -> None:
+    """Quantize a model's weights to a few bits, and write it as a folder."""
+    from mikv.bench import machine
+
+    options = {"--bits": bits, "--group-size": group_size, "--method": method, "--calibration": calibration}
+    options |= {"--budget-bits": budget_bits, "--embeddings": embeddings or None, "--nested": nested or None}
+    order = Order(model, out, _config(bits, group_size, method, embeddings, nested), calibration, budget_bits)
+    order.require_possible(overwrite)
+    _require_plot(plot)
+    with machine.threads(threads):
+        command = command_line(["mikv", "quantize", model, str(out)], options | {"--threads": threads})
+        with _new_folder(out) as folder, bar(quiet=as_json) as show:
+            result = machine.circumstances(command) | order.carry_out(folder, show)
+    if plot is not None:
+        from mikv.cli.quantize_page import draw
+
+        draw(result, plot)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        from mikv.cli.quantize_page import show_tables
+
+        show_tables(result)
+
+
+def _config(bits: int, group_size: str, method: str, embeddings: bool, nested: bool) -> "BCQConfig":
+    """Raises ConfigError."""
+    from mikv.integrations.quantizer import BCQConfig
+    from mikv.weights.nested import PRECISIONS
+
+    if group_size != _WHOLE_ROWS and not group_size.isdecimal():
+        raise ConfigError(f"--group-size {group_size!r} must be a multiple of 32, or {_WHOLE_ROWS}")
+    if nested and bits != PRECISIONS[-1]:
+        raise ConfigError(
+            f"--nested weights are read with {PRECISIONS[0]} to {PRECISIONS[-1]} bits; use --bits {PRECISIONS[-1]}"
+        )
+    return BCQConfig(
+        bits=bits,
+        group_size=None if group_size == _WHOLE_ROWS else int(group_size),
+        method=method,
+        quantize_embeddings=embeddings,
+        nested_bits=PRECISIONS[:-1] if nested else (),
+    )
+
+
+def _require_plot(plot: Path | None) -> None:
+    """Find out now, not after minutes of quantizing, that there will be no picture."""
+    require_writable(plot, ".png", "--plot")
+    if plot is not None:
+        from mikv.bench.plots import require_matplotlib
+
+        require_matplotlib()
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place at the end; after an error nothing is left of it."""
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
+        folder = Path(place, "new")
+        folder.mkdir()
+        yield folder
+        if out.exists():
+            out.rename(Path(place, "old"))
+        folder.rename(out)

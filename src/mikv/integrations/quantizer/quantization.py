@@ -1,0 +1,237 @@
+"""`mikv.quantize`: exchange a model's linear layers for binary-coded ones, in place, one layer at a time."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mikv.errors import ConfigError, UnsupportedModelError
+from mikv.integrations.quantizer import modules
+from mikv.integrations.quantizer.calibrate import Hessians, stages, token_chunks
+from mikv.integrations.quantizer.config import BCQConfig
+from mikv.weights.embedding import BCQEmbedding
+from mikv.weights.linear import BCQLinear
+from mikv.weights.module import BCQModule
+from mikv.weights.nested import nest
+from mikv.weights.solve import needs_hessian, output_error, solve
+from mikv.weights.weight import BCQWeight
+
+MAX_TOKENS = 16384
+SEQUENCE_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer.
+
+    output_error  mean squared error of its output on the calibration inputs, relative to the output's mean square;
+                  without calibration that of its weights
+    seconds       that finding the coding took
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    bits_per_weight: float
+    num_weights: int
+    output_error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """All quantized layers, in the order in which they were quantized."""
+
+    layers: tuple[LayerReport, ...]
+    method: str
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average over the quantized matrices, scales and offsets included."""
+        weights = sum(layer.num_weights for layer in self.layers)
+        return sum(layer.bits_per_weight * layer.num_weights for layer in self.layers) / weights
+
+
+def quantize(
+    model: PreTrainedModel,
+    config: BCQConfig,
+    calibration: Sequence[str] | None = None,
+    *,
+    tokenizer: Any = None,
+    max_tokens: int = MAX_TOKENS,
+    sequence_length: int = SEQUENCE_LENGTH,
+    on_progress: Callable[[LayerReport, int, int], None] | None = None,
+) -> QuantizationReport:
+    """Quantize `model` in place; `save_pretrained` then writes the result.
+
+    `calibration` are texts; None takes a method that needs none. Up to `max_tokens` of their tokens go through the
+    model in pieces of `sequence_length`; `tokenizer` is by default the one of the model's folder. `on_progress` is
+    called with a layer's report, its number from 1, and the number of layers. The model is left in eval mode; after an
+    error load it again.
+
+    Raises:
+        ConfigError: settings that cannot work, or no text to calibrate on.
+        UnsupportedModelError: the model is quantized already, or has layers that mikv would get wrong.
+        NumericsError: weights that are not finite.
+
+    """
+    start = time.perf_counter()
+    require_plain(model)
+    model.eval()
+    config = config.resolved(calibrated=calibration is not None)
+    modules.fix_skipped(model, config)
+    names = modules.linear_names(model, config)
+    if config.quantize_embeddings:
+        modules.require_embeddings(model)
+    chunks = None
+    if calibration is not None:
+        chunks = token_chunks(calibration, tokenizer or _tokenizer_of(model), max_tokens, sequence_length)
+    reports: list[LayerReport] = []
+    work = _Work(model, config)
+    total = len(names) + len(work.embeddings)
+    for report in work.run(names, chunks):
+        reports.append(report)
+        if on_progress is not None:
+            on_progress(report, len(reports), total)
+    mark_quantized(model, config)
+    return QuantizationReport(tuple(reports), config.method, time.perf_counter() - start)
+
+
+def coded(
+    weight: Tensor, name: str, config: BCQConfig, hessian: Tensor | None
+) -> tuple[dict[int, BCQWeight], LayerReport]:
+    """The codings of float32 (M, K) by their number of bits, and the report on the largest."""
+    start = time.perf_counter()
+    settings = config.of_module(name)
+    if config.nested_bits:
+        nested = nest(weight, settings.group_size, hessian)
+        codings = {bits: nested.at(bits) for bits in config.precisions}
+        num_bytes = nested.num_bytes
+    else:
+        single = solve(weight, settings.bits, settings.group_size, config.method, hessian)
+        codings = {single.bits: single}
+        num_bytes = single.num_bytes
+    seconds = time.perf_counter() - start
+    best = codings[settings.bits]
+    error = _error(weight, best, hessian)
+    bits_per_weight = 8 * num_bytes / weight.numel()
+    report = LayerReport(name, best.bits, best.group_size, bits_per_weight, weight.numel(), error, seconds)
+    return codings, report
+
+
+def quantize_layer(model: PreTrainedModel, name: str, config: BCQConfig, hessian: Tensor | None) -> LayerReport:
+    """Exchange the linear layer or embedding `name`; the new one is not arranged yet."""
+    old = model.get_submodule(name)
+    codings, report = coded(modules.matrix(old), name, config, hessian)
+    new: BCQModule
+    if isinstance(old, nn.Embedding):
+        new = BCQEmbedding.from_weights(codings)
+        new.output_dtype = old.weight.dtype
+    else:
+        new = BCQLinear.from_weights(codings, bias=modules.bias_of(old))
+    modules.exchange(model, name, new)
+    return report
+
+
+def mark_quantized(model: PreTrainedModel, config: BCQConfig) -> None:
+    """Tell transformers that the model is quantized, so that it saves it as such."""
+    from mikv.integrations.quantizer.quantizer import BCQQuantizer
+
+    quantizer: Any = BCQQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    quantizer.postprocess_model(model)
+
+
+def set_bits(model: nn.Module, bits: int) -> None:
+    """Read the weights of a model with nested precision with so many bits from now on.
+
+    Raises ConfigError if it has no scales for that.
+    """
+    nested = [module for module in model.modules() if isinstance(module, BCQModule)]
+    if not nested:
+        raise ConfigError(f"set_bits({bits}): {type(model).__name__} is not quantized; mikv.quantize does that")
+    for module in nested:
+        module.set_bits(bits)
+
+
+def require_plain(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError if the model is quantized, or spread over devices or processes."""
+    done = getattr(model, "quantization_method", None)
+    if done or any(isinstance(module, BCQModule) for module in model.modules()):
+        raise UnsupportedModelError(f"the model is quantized already ({done}); quantize the original")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise UnsupportedModelError("the model is spread over several devices; load it with one device_map entry")
+    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
+        raise UnsupportedModelError("the model is split over processes; quantize and save it in one process")
+
+
+@dataclass
+class _Work:
+    """Goes through a model, one layer at a time."""
+
+    model: PreTrainedModel
+    config: BCQConfig
+
+    def __post_init__(self) -> None:
+        self.embeddings: list[str] = []
+        self.head: str | None = None
+        if self.config.quantize_embeddings:
+            head, embedding = modules.require_embeddings(self.model)
+            self.embeddings = [embedding]
+            self.head = head if modules.is_tied(self.model) else None
+
+    def run(self, names: list[str], chunks: list[Tensor] | None) -> Iterator[LayerReport]:
+        """Quantize the layers and the embedding, as the reports are asked for."""
+        observed = [*names, self.head] if self.head else names
+        all_stages: Iterator[tuple[list[str], Hessians]] = iter([(observed, {})])
+        if chunks is not None:
+            all_stages = stages(self.model, observed, chunks)
+        of_head = None
+        for layers, matrices in all_stages:
+            for name in layers:
+                if name == self.head:
+                    of_head = matrices.get(name)
+                else:
+                    yield self._exchange(name, self.config, matrices.get(name))
+            matrices.clear()  # the next ones are computed before these are let go
+        for name in self.embeddings:
+            yield self._quantize_embedding(name, of_head)
+
+    def _exchange(self, name: str, config: BCQConfig, hessian: Tensor | None) -> LayerReport:
+        report = quantize_layer(self.model, name, config, hessian)
+        new = self.model.get_submodule(name)
+        assert isinstance(new, BCQModule)
+        new.arrange()
+        return report
+
+    def _quantize_embedding(self, name: str, of_head: Tensor | None) -> LayerReport:
+        config = self.config
+        if of_head is None and needs_hessian(config.method):  # an untied embedding has no inputs to calibrate on
+            config = replace(config, method="rtn" if config.of_module(name).uniform else "offset")
+        report = self._exchange(name, config, of_head)
+        if self.head is not None:
+            modules.tie_head(self.model, self.head, name)
+        return report
+
+
+def _error(weight: Tensor, coding: BCQWeight, hessian: Tensor | None) -> float:
+    """See `LayerReport.output_error`."""
+    if hessian is not None:
+        return output_error(weight, coding, hessian)
+    return float((coding.dequantize() - weight).square().sum() / weight.square().sum().clamp_min(1e-30))
+
+
+def _tokenizer_of(model: PreTrainedModel) -> Any:
+    from transformers import AutoTokenizer
+
+    source = getattr(model.config, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError("calibration needs the model's tokenizer; pass tokenizer=...") from error

@@ -1,0 +1,110 @@
+"""Find the binary coding of a weight matrix: every method by its name.
+
+    method           coding                    hessian   finds it by
+    rtn              uniform, offset                     rounding to clipped grids
+    greedy           scale per plane                     plane after plane; as in the paper, for the record
+    alternating      scale per plane                     least squares and nearest levels in turns; as in the paper
+    offset           scale per plane, offset   optional  the same, its columns weighted by the hessian's diagonal
+    gptq             uniform, offset           needed    rounding with error compensation: the field's baseline
+    gptq-bcq         scale per plane, offset   needed    the codings of "offset" with error compensation
+    refined          scale per plane, offset   needed    sweeps over that in the metric of the hessian
+    refined-uniform  uniform, offset           needed    sweeps over uniform grids
+
+The hessian is the mean of x x^T over the layer's inputs x on calibration text: the mean squared error of its output is
+trace((W - Q) H (W - Q)^T). Sources are named where the methods are.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mikv.errors import ConfigError, NumericsError
+from mikv.weights.alternating import alternating, with_offset
+from mikv.weights.calibrated import gptq, gptq_bcq, refined_bcq, refined_uniform
+from mikv.weights.coding import Coding
+from mikv.weights.greedy import greedy
+from mikv.weights.grouping import as_uniform, code_matrix
+from mikv.weights.hessian import damped
+from mikv.weights.uniform import clipped_uniform
+from mikv.weights.weight import MOST_BITS, BCQWeight, require_group_size
+
+METHODS = ("rtn", "greedy", "alternating", "offset", "gptq", "gptq-bcq", "refined", "refined-uniform")
+_CALIBRATED: dict[str, Callable[[Tensor, int, int, Tensor], BCQWeight]] = {
+    "gptq": gptq,
+    "gptq-bcq": gptq_bcq,
+    "refined": refined_bcq,
+    "refined-uniform": refined_uniform,
+}
+_LEAST_IMPORTANCE = 0.01  # of the mean: columns that calibration never reached still count
+_DATA_FREE: dict[str, Callable[[Tensor, Tensor, int], Coding]] = {
+    "rtn": clipped_uniform,
+    "greedy": greedy,
+    "alternating": alternating,
+    "offset": with_offset,
+}
+
+
+def needs_hessian(method: str) -> bool:
+    """Whether a method works with calibration only. Raises ConfigError for a method that does not exist."""
+    return _require_method(method) in _CALIBRATED
+
+
+def solve(weight: Tensor, bits: int, group_size: int | None, method: str, hessian: Tensor | None = None) -> BCQWeight:
+    """The coding of float32 (M, K) with `bits` planes and groups of so many columns, None being whole rows.
+
+    `hessian` float32 (K, K), see the module. "rtn", "greedy" and "alternating" do not look at it. The same input gives
+    the same result.
+
+    Raises:
+        ConfigError: an argument that cannot work, or a hessian that is needed and missing.
+        NumericsError: weights or hessian are not finite, or too large for scales of 16 bits.
+
+    """
+    if needs_hessian(method) and hessian is None:
+        raise ConfigError(f'method={method!r} needs calibration; give calibration texts, or use "offset"')
+    require_sound(weight, bits, hessian)
+    columns = require_group_size(weight.shape[1], group_size)
+    if hessian is not None and needs_hessian(method):
+        return _CALIBRATED[method](weight, bits, columns, hessian)
+    importance = column_importance(weight, hessian if method == "offset" else None)
+    coding_of = _DATA_FREE[method]
+    coded = code_matrix(weight, importance, bits, columns, lambda x, weights: coding_of(x, weights, bits))
+    return as_uniform(coded) if method == "rtn" else coded
+
+
+def output_error(weight: Tensor, coded: BCQWeight, hessian: Tensor) -> float:
+    """The mean squared error of the layer's output, relative to the output's mean square: trace(E H E^T) over W's."""
+    difference = coded.dequantize() - weight
+    return float(((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum())
+
+
+def column_importance(weight: Tensor, hessian: Tensor | None) -> Tensor:
+    """What the error of each column costs, float32 (K,): the mean square of its input, or 1 if that is not known."""
+    if hessian is None:
+        return torch.ones(weight.shape[1], device=weight.device)
+    return damped(hessian, _LEAST_IMPORTANCE).diagonal()
+
+
+def _require_method(method: str) -> str:
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r} is unknown; use one of {', '.join(METHODS)}")
+    return method
+
+
+def require_sound(weight: Tensor, bits: int, hessian: Tensor | None) -> None:
+    """Raise ConfigError or NumericsError unless a solver can work with these."""
+    if not 1 <= bits <= MOST_BITS:
+        raise ConfigError(f"bits={bits} is not one of 1 to {MOST_BITS}")
+    if weight.ndim != 2 or weight.dtype != torch.float32 or weight.numel() == 0:
+        raise ConfigError(f"weight is {weight.dtype} {tuple(weight.shape)}, not a float32 matrix with rows and columns")
+    if not bool(weight.isfinite().all()):
+        bad = int((~weight.isfinite()).any(1).sum())
+        raise NumericsError(f"weights are NaN or infinite in {bad} of {weight.shape[0]} rows; is the checkpoint whole?")
+    if hessian is None:
+        return
+    if hessian.shape != (weight.shape[1],) * 2 or hessian.dtype != torch.float32:
+        expected = (weight.shape[1],) * 2
+        raise ConfigError(f"hessian is {hessian.dtype} {tuple(hessian.shape)}, not torch.float32 {expected}")
+    if not bool(hessian.isfinite().all()):
+        raise NumericsError("the layer's inputs on the calibration text are NaN or infinite; calibrate in float32")
