@@ -38,7 +38,7 @@ GRID = (
 def main() -> None:
     arguments = parsed()
     if arguments.page:
-        write_page(read_lines(RECORDS), RESULTS)
+        write_page(read_lines(RECORDS), read_lines(RESULTS / "weight_errors.jsonl"), RESULTS)
         return
     torch.set_num_threads(arguments.threads)
     known = {identity(record) for record in read_lines(RECORDS)} if RECORDS.exists() else set()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from mikv.bench.plots import STYLE
@@ -30,7 +31,11 @@ MARKERS = {1: "x", 2: "o", 3: "s", 4: "D"}
 FP16_BITS = 16
 
 
-def write_page(records: Sequence[Record], folder: Path) -> None:
+# at equal bits per weight: BCQ's q + 16 (q + 1) / g, uniform grids' q + 32 / g
+PAIRS = ((("refined", 128), ("gptq", 64)), (("refined", 256), ("gptq", 128)), (("refined", None), ("gptq", None)))
+
+
+def write_page(records: Sequence[Record], errors: Sequence[Record], folder: Path) -> None:
     models = list(dict.fromkeys(record["model"] for record in records))
     lines = [*introduction(records)]
     for model in models:
@@ -38,6 +43,8 @@ def write_page(records: Sequence[Record], folder: Path) -> None:
         picture = f"weights-{model}.png"
         draw(own, folder / picture)
         lines += ["", f"## {model}", "", f"![Compression against quality, {model}]({picture})", "", *table(own)]
+    for model in dict.fromkeys(record["model"] for record in errors):
+        lines += ["", f"## Layers of {model}", "", *layer_errors([r for r in errors if r["model"] == model])]
     (folder / "weights.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
@@ -59,7 +66,7 @@ def introduction(records: Sequence[Record]) -> list[str]:
 
 def table(records: Sequence[Record]) -> list[str]:
     """Rows by bits per weight."""
-    head = ["method", "q", "g", "bits/weight", "KL prose", "KL code", "perplexity prose", "code", "top-1", "seconds"]
+    head = ["method", "q", "g", "bits/weight", "KL prose", "KL code", "perplexity prose", "code", "top-1"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for record in sorted(records, key=lambda record: record["bits_per_weight"]):
         group = "" if record["method"] == "exact" else record["group_size"] or "row"
@@ -73,10 +80,35 @@ def table(records: Sequence[Record]) -> list[str]:
             f"{record['perplexity_prose']:.2f}",
             f"{record['perplexity_code']:.2f}",
             f"{(record['top1_prose'] + record['top1_code']) / 2:.1%}",
-            f"{record['seconds']:.0f}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
+
+
+def layer_errors(records: Sequence[Record]) -> list[str]:
+    """Output errors of methods beside each other at about the same bits per weight, geometric means over layers."""
+    layers = list(dict.fromkeys(record["layer"] for record in records))
+    lines = [
+        "Mean squared error of a layer's output on held-out text, relative to the output's, geometric means over "
+        f"{', '.join(layers)}; calibrated on {records[0]['calibration_tokens']:,} tokens, "
+        "`python scripts/weight_errors.py`. A pair takes about the same bits per weight.",
+        "",
+        "| q | refined, g | bits/weight | error | gptq, g | bits/weight | error | less |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for bits in (2, 3, 4):
+        for pair in PAIRS:
+            (own, own_bits), (other, other_bits) = (mean_error(records, bits, *side) for side in pair)
+            cells = [bits, pair[0][1] or "row", f"{own_bits:.2f}", f"{own:.5f}"]
+            cells += [pair[1][1] or "row", f"{other_bits:.2f}", f"{other:.5f}", f"{1 - own / other:.0%}"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def mean_error(records: Sequence[Record], bits: int, method: str, group_size: int | None) -> tuple[float, float]:
+    """Geometric mean of the errors, and mean bits per weight."""
+    own = [r for r in records if (r["bits"], r["method"], r["group_size"]) == (bits, method, group_size)]
+    return geometric_mean(r["error"] for r in own), fmean(r["bits_per_weight"] for r in own)
 
 
 def draw(records: Sequence[Record], path: Path) -> None:

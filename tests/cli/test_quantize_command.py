@@ -159,10 +159,14 @@ def test_overwrite_replaces_the_model(mikv, quantized, tiny_folder):
         ),
         (("--calibration", "nowhere.txt"), "cannot read --calibration nowhere.txt: No such file"),
         (("--bits", 2, "--nested"), "--nested weights are read with 2 to 4 bits; use --bits 4"),
-        (("--budget-bits", 3, "--calibration", "none"), "--budget-bits measures what layers do to predictions"),
-        (("--budget-bits", 3, "--nested"), "--budget-bits and --nested exclude each other"),
+        (
+            ("--budget-bits", 3, "--calibration", "none"),
+            "--budget-bits measures what layers do to predictions, which needs",
+        ),
+        (("--budget-bits", 3, "--nested"), "--budget-bits and nested precision exclude each other"),
         (("--method", "gptq", "--nested"), "method='gptq' cannot find nested weights"),
         (("--budget-bits", 9), "--budget-bits 9 must be between 0 and 8"),
+        (("--method", "import"), "--method import takes the codes of a .gguf file, which"),
         (("--threads", 0), "--threads 0 must be between 1 and"),
         (("--plot", "p.jpg"), "--plot p.jpg must end in .png"),
     ],
@@ -173,6 +177,21 @@ def test_bad_options_are_refused_before_the_model_is_loaded(
     monkeypatch.setattr(models, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     assert message in refused("quantize", tiny_folder, tmp_path / "q", *options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--bits", 3), "--method import takes 4 bits in groups of 32; leave out --bits and --group-size"),
+        (("--group-size", 128), "--method import takes 4 bits in groups of 32"),
+        (("--embeddings",), "--method import excludes --budget-bits, --nested and --embeddings"),
+        (("--calibration", "some.txt"), "--method import has nothing to calibrate"),
+    ],
+)
+def test_an_import_takes_no_settings(refused, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(models, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    (tmp_path / "m.gguf").touch()
+    assert message in refused("quantize", tmp_path / "m.gguf", tmp_path / "q", "--method", "import", *options)
 
 
 def test_bad_folders_are_refused_before_the_model_is_loaded(refused, tiny_folder, tmp_path, monkeypatch):

@@ -72,6 +72,21 @@ def test_gguf_blocks_stand_for_what_the_gguf_package_reads(kind: str, read) -> N
     assert bool(((found.dequantize() - wanted).abs() <= (centre.half() - centre).abs() + 1e-7).all())
 
 
+def test_scales_below_the_range_of_float16_cost_an_offset_half_of_its_smallest_step() -> None:
+    steps = torch.cat([torch.arange(1, 2048), torch.arange(2048, 4096, 2)])  # of 2**-24; above 2**-13 they are even
+    scale = (steps * 2.0**-24).half()[:, None]
+    assert torch.equal(scale.double()[:, 0], steps * 2.0**-24)
+    quants = torch.randint(0, 256, (len(steps), 1, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes = torch.cat([quants & 15, quants >> 4], -1).flatten(1).double()
+    coded = from_q4_0(blocks_of([scale], quants), 32)
+    assert torch.equal(coded.scales[0].double(), 4 * scale.double()), "scales are exact"
+    off = (coded.dequantize().double() - scale.double() * (codes - 8)).abs().amax(1)
+    is_odd = (steps % 2 == 1) & (steps < 2**11)
+    assert torch.equal(off, is_odd * 2.0**-25)
+    one = from_uniform(torch.zeros(1, 32, dtype=torch.uint8), scale[:1], torch.ones(1, 1), 1, 32)
+    assert torch.equal(one.scales, torch.zeros(1, 1, 1).half()), "half of the smallest step is lost"
+
+
 def test_damaged_input_is_refused() -> None:
     codes, scale, zero = drawn(0, 2, 64, 3)
     with pytest.raises(CheckpointError, match="codes reach 7, but 2 bits end at 3"):

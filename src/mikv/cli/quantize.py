@@ -27,10 +27,15 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="The folder to write; --model OUT then works everywhere.")],
     bits: Annotated[int, typer.Option(help="Bits of a weight, from 1 to 8.")] = 4,
     group_size: Annotated[
-        str, typer.Option(help="Inputs that share scales, a multiple of 32, or `row` for all of them.")
-    ] = "128",
+        str | None,
+        typer.Option(help="Inputs that share scales, a multiple of 32, or `row` for all. [default: 128, imports: 32]"),
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="How codings are found: auto, or one of mikv.weights.solve.METHODS.")
+        str,
+        typer.Option(
+            help="How codings are found: auto, one of mikv.weights.solve.METHODS, or import: those of a GGUF file's "
+            "Q4_0 and Q4_1 matrices."
+        ),
     ] = "auto",
     calibration: Annotated[
         str | None,
@@ -55,6 +60,7 @@ def quantize(
     """Quantize a model's weights to a few bits, and write it as a folder."""
     from mikv.bench import machine
 
+    group_size = group_size or ("32" if method == "import" else "128")
     options = {"--bits": bits, "--group-size": group_size, "--method": method, "--calibration": calibration}
     options |= {"--budget-bits": budget_bits, "--embeddings": embeddings or None, "--nested": nested or None}
     order = Order(model, out, _config(bits, group_size, method, embeddings, nested), calibration, budget_bits)

@@ -1,6 +1,6 @@
 """What one `mikv quantize` is to do: refuses what cannot be before the model is loaded, then does it."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,11 +8,10 @@ from mikv.cli.measuring import Show
 from mikv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mikv.integrations.quantizer import BCQConfig, QuantizationReport
+    from mikv.integrations.quantizer import BCQConfig, LayerReport, QuantizationReport
     from mikv.models import LoadedModel
 
 _NO_CALIBRATION = "none"
-_BUDGET_CHUNKS, _BUDGET_CHUNK_TOKENS = 2, 256  # every layer is one pass over them
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,10 @@ class Order:
         from mikv.models import find_model
 
         source = find_model(self.model)
-        self._require_calibration()
+        if self.is_import:
+            self._require_importable(source)
+        else:
+            self._require_calibration()
         if not self.out.parent.is_dir():
             raise ConfigError(f"{self.out}: there is no folder {self.out.parent}")
         if not self.out.exists():
@@ -44,11 +46,30 @@ class Order:
         if not (self.out / "config.json").is_file():
             raise ConfigError(f"{self.out} is not the folder of a model, so --overwrite does not replace it")
 
+    @property
+    def is_import(self) -> bool:
+        """Whether codes are taken from a GGUF file as they are."""
+        from mikv.integrations.quantizer.config import IMPORT
+
+        return self.config.method == IMPORT
+
+    def _require_importable(self, source: Path | str) -> None:
+        """Raise ConfigError for a model that is no GGUF file, and for settings that the file decides."""
+        config = self.config
+        if not (isinstance(source, Path) and source.is_file()):
+            raise ConfigError(f"--method import takes the codes of a .gguf file, which {self.model} is not")
+        if (config.bits, config.group_size) != (4, 32):
+            raise ConfigError("--method import takes 4 bits in groups of 32; leave out --bits and --group-size")
+        if self.budget_bits is not None or config.nested_bits or config.quantize_embeddings:
+            raise ConfigError("--method import excludes --budget-bits, --nested and --embeddings")
+        if self.calibration not in (None, _NO_CALIBRATION):
+            raise ConfigError("--method import has nothing to calibrate; leave out --calibration")
+
     def _require_calibration(self) -> None:
         """Raise ConfigError for settings that go together neither with the texts nor with each other."""
+        from mikv.integrations.quantizer.budget import require_budget
         from mikv.integrations.quantizer.config import AUTO
         from mikv.weights.solve import needs_hessian
-        from mikv.weights.weight import MOST_BITS
 
         self._given_text()
         method, without = self.config.method, self.calibration == _NO_CALIBRATION
@@ -57,41 +78,45 @@ class Order:
                 f"--method {method} needs calibration; leave out --calibration none, or use --method offset"
             )
         self.config.resolved(calibrated=not without)
-        if self.budget_bits is None:
-            return
-        if without:
-            raise ConfigError("--budget-bits measures what layers do to predictions; leave out --calibration none")
-        if self.config.nested_bits:
-            raise ConfigError("--budget-bits and --nested exclude each other: nested layers have equal bits")
-        if not 0 < self.budget_bits < MOST_BITS:
-            raise ConfigError(f"--budget-bits {self.budget_bits:g} must be between 0 and {MOST_BITS}")
+        if self.budget_bits is not None:
+            require_budget(self.budget_bits, self.config, calibrated=not without, name="--budget-bits")
 
     def carry_out(self, folder: Path, show: Show) -> dict[str, Any]:
         """Load, quantize and save into `folder`. Returns what the record says of it, as JSON types."""
         from transformers.utils import logging
 
-        import mikv
         from mikv.bench.memory import PeakMemory
         from mikv.models import load_model
 
         loaded = load_model(self.model)
-        texts, config = self._texts(loaded), self.config
-        if self.budget_bits is not None:
-            assert texts is not None
-            config = _within_budget(loaded, config, self.budget_bits, texts, show)
         plain_bytes, memory = _bytes_in_memory(loaded.model), PeakMemory()
-        report = mikv.quantize(
-            loaded.model,
-            config,
-            texts,
-            tokenizer=loaded.tokenizer,
-            on_progress=lambda layer, done, total: show(layer.name, done, total),
-        )
+        report = self._quantized(loaded, show)
         logging.disable_progress_bar()  # of writing files
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         sizes = {"bytes_before": plain_bytes, "bytes_after": _bytes_in_files(folder), "peak_rss_bytes": memory.peak()}
         return self._description(report) | sizes | {"layers": [asdict(layer) for layer in report.layers]}
+
+    def _quantized(self, loaded: "LoadedModel", show: Show) -> "QuantizationReport":
+        def show_layer(layer: "LayerReport", done: int, total: int) -> None:
+            show(layer.name, done, total)
+
+        if self.is_import:
+            from mikv.integrations.quantizer.gguf_import import import_gguf
+            from mikv.models import find_model
+
+            return import_gguf(loaded.model, Path(find_model(self.model)), on_progress=show_layer)
+        import mikv
+
+        return mikv.quantize(
+            loaded.model,
+            self.config,
+            self._texts(loaded),
+            tokenizer=loaded.tokenizer,
+            budget_bits=self.budget_bits,
+            on_progress=show_layer,
+            on_measured=lambda name, done, total: show(f"what {name} does", done, total),
+        )
 
     def _description(self, report: "QuantizationReport") -> dict[str, Any]:
         return {
@@ -101,7 +126,7 @@ class Order:
             "budget_bits": self.budget_bits,
             "group_size": self.config.group_size,
             "method": report.method,
-            "calibration": self.calibration or "built-in",
+            "calibration": self.calibration or (_NO_CALIBRATION if self.is_import else "built-in"),
             "embeddings": self.config.quantize_embeddings,
             "nested_bits": list(self.config.nested_bits),
             "bits_per_weight": report.bits_per_weight,
@@ -132,23 +157,6 @@ class Order:
         from mikv.lab.weight_fidelity import calibration_texts
 
         return list(calibration_texts(loaded.tokenizer, MAX_TOKENS // SEQUENCE_LENGTH, SEQUENCE_LENGTH))
-
-
-def _within_budget(
-    loaded: "LoadedModel", config: "BCQConfig", budget_bits: float, texts: list[str], show: Show
-) -> "BCQConfig":
-    """The configuration with bits for each layer."""
-    from mikv.integrations.quantizer.budget import bits_for_budget
-    from mikv.integrations.quantizer.calibrate import token_chunks
-    from mikv.integrations.quantizer.quantization import MAX_TOKENS
-
-    chunks = token_chunks(texts, loaded.tokenizer, MAX_TOKENS, _BUDGET_CHUNK_TOKENS)
-    chunks = chunks[:: -(-len(chunks) // _BUDGET_CHUNKS)]
-    bits = bits_for_budget(
-        loaded.model, config, budget_bits, chunks, lambda name, done, total: show(f"what {name} does", done, total)
-    )
-    different = {name: {"bits": own} for name, own in bits.items() if own != config.bits}
-    return replace(config, module_settings=different)
 
 
 def _bytes_in_memory(model: Any) -> int:

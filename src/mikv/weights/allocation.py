@@ -3,6 +3,7 @@
 Every layer offers some widths, each with its error and its bytes; the errors of the layers add up. The choice is by
 dynamic programming over the bytes that are spent beyond the smallest widths, in the largest unit that divides them all.
 It is exact while the budget has at most 65,536 such units; else bytes are rounded up to 1 / 65,536 of it per layer.
+Of equal totals it takes the fewest bits for the layer that comes last, so that the same offers give the same choice.
 """
 
 from collections.abc import Mapping
@@ -38,7 +39,8 @@ def allocate(layers: Mapping[str, Mapping[int, Offer]], budget_bytes: int) -> di
         {bits: offer.num_bytes - least[name] for bits, offer in sorted(offers.items())}
         for name, offers in layers.items()
     ]
-    unit = max(gcd(*(cost for widths in costs for cost in widths.values())), -(-extra // _MOST_UNITS), 1)
+    divisor = max(gcd(*(cost for widths in costs for cost in widths.values())), 1)
+    unit = divisor * max(-(-extra // (divisor * _MOST_UNITS)), 1)
     total = torch.zeros(extra // unit + 1, dtype=torch.float64)  # the least error with at most so many units
     chosen = []
     for offers, widths in zip(layers.values(), costs, strict=True):
@@ -49,11 +51,14 @@ def allocate(layers: Mapping[str, Mapping[int, Offer]], budget_bytes: int) -> di
 
 def _with_layer(total: Tensor, offers: list[tuple[float, int]]) -> tuple[Tensor, Tensor]:
     """The least errors with one more layer, and which of its (error, units) each takes."""
-    candidates = torch.full((len(offers), len(total)), torch.inf, dtype=torch.float64)
-    for row, (error, units) in zip(candidates, offers, strict=True):
-        row[units:] = total[: max(0, len(total) - units)] + error
-    least, choice = candidates.min(0)
-    return least, choice.to(torch.uint8)
+    least = torch.full_like(total, torch.inf)
+    choice = torch.zeros(total.shape, dtype=torch.uint8)
+    for index, (error, units) in enumerate(offers):
+        candidate = torch.full_like(total, torch.inf)
+        candidate[units:] = total[: max(0, len(total) - units)] + error
+        is_less = candidate < least
+        least[is_less], choice[is_less] = candidate[is_less], index
+    return least, choice
 
 
 def _read_back(names: list[str], costs: list[dict[int, int]], chosen: list[Tensor], unit: int) -> dict[str, int]:

@@ -5,8 +5,12 @@
 The identity of LUT-GEMM (arXiv 2206.09557) is exact in real numbers. In float16 the scale s 2**(q-2) is s
 with another exponent, exact unless it overflows; the offset is rounded once, to one float16 number, and exact whenever
 2 z is whole and s ((2**q - 1) / 2 - z) needs no more than 11 bits. A zero in the middle, z = 2**(q-1), gives the offset
--s / 2: GGUF's Q4_0, and symmetric GPTQ or AWQ, are imported bit for bit. Q4_1 stores its minimum in place of the zero:
-the offset is min + 15 s / 2, rounded once.
+-s / 2: GGUF's Q4_0, and symmetric GPTQ or AWQ, are imported bit for bit, if no scale is below 2**-13 = 1.2e-4. Q4_1
+stores its minimum in place of the zero: the offset is min + 15 s / 2, rounded once.
+
+Below 2**-13 float16 has steps of 2**-24 and halves of them are lost: where s is an odd number of such steps, the offset
+-s / 2 is off by 2**-25 = 3e-8, and of 1 bit the scale s / 2 as well. Scales of 2 bits and more are multiples of s and
+stay exact, subnormal ones too.
 """
 
 import torch
@@ -37,7 +41,7 @@ def from_uniform(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_si
 
 
 def from_q4_0(blocks: Tensor, in_features: int) -> BCQWeight:
-    """GGUF Q4_0, uint8 (M, K / 32 * 18), bit for bit: w = d (u - 8)."""
+    """GGUF Q4_0, uint8 (M, K / 32 * 18): w = d (u - 8). Bit for bit, but off by up to 2**-25 where |d| < 2**-13."""
     scale, _, codes = _read_blocks(blocks, in_features, header_bytes=2)
     negative = scale < 0  # GGUF's scales have a sign; d (u - 8) = -d ((15 - u) - 7)
     flipped = negative.repeat_interleave(_GGUF_COLUMNS, 1)

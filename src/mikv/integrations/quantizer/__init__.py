@@ -1,7 +1,8 @@
 """Binary-coded weights in Hugging Face transformers: quantize a model, save it, load it again."""
 
 from mikv.integrations.quantizer.config import BCQConfig
+from mikv.integrations.quantizer.gguf_import import import_gguf
 from mikv.integrations.quantizer.quantization import LayerReport, QuantizationReport, quantize, set_bits
 from mikv.integrations.quantizer.quantizer import BCQQuantizer
 
-__all__ = ["BCQConfig", "BCQQuantizer", "LayerReport", "QuantizationReport", "quantize", "set_bits"]
+__all__ = ["BCQConfig", "BCQQuantizer", "LayerReport", "QuantizationReport", "import_gguf", "quantize", "set_bits"]

@@ -2,11 +2,10 @@
 
 Sensitivity is measured: one layer at a time is rounded to 2 bits, and the KL divergence of the model's predictions from
 the exact ones is its cost. With other numbers of bits the cost is taken to change as the error of rounding normal
-numbers does.
+numbers does. Which widths together cost least is found by mikv.weights.allocation.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -19,29 +18,27 @@ from transformers.pytorch_utils import Conv1D
 from mikv.errors import ConfigError
 from mikv.integrations.quantizer import modules
 from mikv.integrations.quantizer.config import BCQConfig, ModuleSettings
+from mikv.weights.allocation import Offer, allocate
 from mikv.weights.solve import solve
-from mikv.weights.weight import num_groups, require_group_size
+from mikv.weights.weight import MOST_BITS, num_groups, require_group_size
 
 _PROBE_BITS, _PROBE_METHOD = 2, "greedy"  # the fastest one; what counts is how layers compare
+_PROBES, _PROBE_TOKENS = 2, 256  # every layer is one pass over them
 # Mean squared error of normal numbers rounded to the best 2**bits levels (J. Max 1960, table I).
 _DISTORTION = {2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000642}
 
 OnProgress = Callable[[str, int, int], None]
+Offers = dict[int, Offer]  # by bits
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A layer's size, and what rounding it to 2 bits costs."""
-
-    rows: int
-    columns: int
-    cost: float
-
-    def num_bits(self, settings: ModuleSettings, bits: int) -> int:
-        """All that a coding with so many planes takes, scales and offsets included."""
-        groups = num_groups(self.columns, require_group_size(self.columns, settings.group_size))
-        scales = (1 if settings.uniform else bits) + settings.offset
-        return self.rows * (8 * -(-self.columns // 8) * bits + 16 * groups * scales)
+def require_budget(budget_bits: float, config: BCQConfig, *, calibrated: bool, name: str = "budget_bits") -> None:
+    """Raise ConfigError for a budget that goes together with nothing; messages call it `name`."""
+    if not calibrated:
+        raise ConfigError(f"{name} measures what layers do to predictions, which needs calibration texts; give some")
+    if config.nested_bits:
+        raise ConfigError(f"{name} and nested precision exclude each other: nested layers have equal bits")
+    if not 0 < budget_bits < MOST_BITS:
+        raise ConfigError(f"{name} {budget_bits:g} must be between 0 and {MOST_BITS}")
 
 
 def bits_for_budget(
@@ -51,56 +48,81 @@ def bits_for_budget(
     chunks: list[Tensor],
     on_progress: OnProgress = lambda name, done, total: None,
 ) -> dict[str, int]:
-    """Bits by layer, so that the quantized matrices take `budget_bits` per weight on average, scales included.
+    """Bits by layer, so that the quantized matrices take at most `budget_bits` per weight, scales included.
 
-    `chunks` are token ids (1, T) on which sensitivity is measured. The model is as before. Raises ConfigError for a
-    budget that no numbers of bits meet.
+    `chunks` are token ids (1, T), of which two pieces are used. Layers whose bits `config.module_settings` gives keep
+    them. The model is as before. Raises ConfigError for a budget that no numbers of bits meet.
     """
     config = config.resolved(calibrated=True)
     modules.fix_skipped(model, config)
     names = modules.linear_names(model, config)
     if config.quantize_embeddings:
         names.append(modules.require_embeddings(model)[1])
-    shapes = {name: Matrix(*modules.sizes(model.get_submodule(name)), cost=0.0) for name in names}
+    sizes = {name: modules.sizes(model.get_submodule(name)) for name in names}
     settings = {name: config.of_module(name) for name in names}
-    allocate(shapes, settings, budget_bits)  # refuses what cannot be before minutes of measuring
-    exact = [_log_probabilities(model, chunk) for chunk in chunks]
-    costs = {}
-    for done, name in enumerate(names, start=1):
-        costs[name] = _cost(model, name, settings[name], chunks, exact)
-        on_progress(name, done, len(names))
-    matrices = {name: Matrix(shape.rows, shape.columns, costs[name]) for name, shape in shapes.items()}
-    return allocate(matrices, settings, budget_bits)
+    fixed = {name for name in names if "bits" in config.module_settings.get(name, {})}
+    offers = {
+        name: _only(size, settings[name]) if name in fixed else offers_of(size, settings[name], cost=0.0)
+        for name, size in sizes.items()
+    }
+    num_weights = sum(rows * columns for rows, columns in sizes.values())
+    _require_enough(offers, num_weights, budget_bits)  # before minutes of measuring
+    probes = [chunk[:, :_PROBE_TOKENS] for chunk in chunks[:: -(-len(chunks) // _PROBES)]]
+    exact = [_log_probabilities(model, probe) for probe in probes]
+    measured = [name for name in names if name not in fixed]
+    for done, name in enumerate(measured, start=1):
+        cost = _cost(model, name, settings[name], probes, exact)
+        offers[name] = offers_of(sizes[name], settings[name], cost)
+        on_progress(name, done, len(measured))
+    return within_budget(offers, num_weights, budget_bits)
 
 
-def allocate(
-    matrices: Mapping[str, Matrix], settings: Mapping[str, ModuleSettings], budget_bits: float
-) -> dict[str, int]:
-    """2 bits for every layer, then one more where it saves most per bit, as long as the budget lasts."""
-    fewest, most = min(_DISTORTION), max(_DISTORTION)
-    budget = budget_bits * sum(matrix.rows * matrix.columns for matrix in matrices.values())
-    bits = dict.fromkeys(matrices, fewest)
-    left = budget - sum(matrix.num_bits(settings[name], fewest) for name, matrix in matrices.items())
-    if left < 0:
-        least = ceil(100 * budget_bits * (budget - left) / budget) / 100
+def offers_of(size: tuple[int, int], settings: ModuleSettings, cost: float) -> Offers:
+    """What a layer (M, K) costs with each number of bits, `cost` being that of 2."""
+    return {
+        bits: Offer(cost * distortion / _DISTORTION[_PROBE_BITS], num_bytes(size, settings, bits))
+        for bits, distortion in _DISTORTION.items()
+    }
+
+
+def num_bytes(size: tuple[int, int], settings: ModuleSettings, bits: int) -> int:
+    """All that a coding of (M, K) with so many planes takes, scales and offsets included."""
+    rows, columns = size
+    groups = num_groups(columns, require_group_size(columns, settings.group_size))
+    scales = (1 if settings.uniform else bits) + settings.offset
+    return rows * (-(-columns // 8) * bits + 2 * groups * scales)
+
+
+def within_budget(offers: Mapping[str, Offers], num_weights: int, budget_bits: float) -> dict[str, int]:
+    """The bits of each layer that cost least in all. Layers with the same offers get the same: more would be chance."""
+    alike: dict[tuple[tuple[int, Offer], ...], list[str]] = {}
+    for name, own in offers.items():
+        alike.setdefault(tuple(own.items()), []).append(name)
+    together = {
+        names[0]: {bits: Offer(len(names) * offer.error, len(names) * offer.num_bytes) for bits, offer in own}
+        for own, names in alike.items()
+    }
+    _require_enough(offers, num_weights, budget_bits)
+    chosen = allocate(together, _budget_bytes(num_weights, budget_bits))
+    first = {name: names[0] for names in alike.values() for name in names}
+    return {name: chosen[first[name]] for name in offers}
+
+
+def _only(size: tuple[int, int], settings: ModuleSettings) -> Offers:
+    return {settings.bits: Offer(0.0, num_bytes(size, settings, settings.bits))}
+
+
+def _budget_bytes(num_weights: int, budget_bits: float) -> int:
+    return int(budget_bits * num_weights / 8 + 1e-6)  # a budget that is met exactly is not lost to its rounding
+
+
+def _require_enough(offers: Mapping[str, Offers], num_weights: int, budget_bits: float) -> None:
+    least = sum(min(offer.num_bytes for offer in own.values()) for own in offers.values())
+    if least > _budget_bytes(num_weights, budget_bits):
         raise ConfigError(
-            f"a budget of {budget_bits:g} bits per weight is less than {fewest} bits take with their scales; use "
-            f"{least:.2f} or more, or larger groups"
+            f"a budget of {budget_bits:g} bits per weight is less than layers take at the least, with their scales; "
+            f"use {ceil(800 * least / num_weights) / 100:.2f} or more, or larger groups"
         )
-
-    def gain(name: str) -> float:
-        saved = matrices[name].cost * (_DISTORTION[bits[name]] - _DISTORTION[bits[name] + 1])
-        return saved / price(name)
-
-    def price(name: str) -> int:
-        matrix = matrices[name]
-        return matrix.num_bits(settings[name], bits[name] + 1) - matrix.num_bits(settings[name], bits[name])
-
-    while affordable := [name for name in bits if bits[name] < most and price(name) <= left]:
-        best = max(affordable, key=gain)
-        left -= price(best)
-        bits[best] += 1
-    return bits
 
 
 def _cost(
@@ -116,7 +138,8 @@ def _cost(
     finally:
         module.weight.data = weight
     pairs = zip(found, exact, strict=True)
-    return sum(float(kl_div(x, y, log_target=True, reduction="batchmean")) for x, y in pairs) / len(chunks)
+    total = sum(float(kl_div(x, y, log_target=True, reduction="batchmean")) for x, y in pairs)
+    return max(0.0, total / len(chunks))  # rounding can make nothing less than nothing
 
 
 @torch.no_grad()

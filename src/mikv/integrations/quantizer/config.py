@@ -17,8 +17,9 @@ from mikv.weights.weight import GROUP_STEP, MOST_BITS
 
 FORMAT_VERSION = 1
 AUTO = "auto"
+IMPORT = "import"  # codes that a GGUF file has already
 _NESTED_BITS = PRECISIONS[:-1]
-_UNIFORM = ("rtn", "gptq")
+_UNIFORM = ("rtn", "gptq", "refined-uniform", IMPORT)
 _WITHOUT_OFFSET = ("greedy", "alternating")
 _OF_A_MODULE = ("bits", "group_size", "uniform", "offset")
 
@@ -30,7 +31,7 @@ class BCQConfig(QuantizationConfigMixin):
     bits                    sign planes per weight, 1 to 8
     group_size              columns that share scales: a multiple of 32, or None for whole rows
     method                  how the coding is found (mikv.weights.solve); auto is "refined" with calibration, "offset"
-                            without
+                            without; "import" is what `import_gguf` writes
     modules_to_not_convert  names of layers that stay as they are, with all below them; or the ends of names
     module_settings         settings of single layers by full name: {"model.layers.0.mlp.down_proj": {"bits": 4}};
                             bits and group_size
@@ -58,8 +59,8 @@ class BCQConfig(QuantizationConfigMixin):
         _require_format(self.format)
         _require_bits("bits", self.bits)
         _require_group_size("group_size", self.group_size)
-        if self.method != AUTO and self.method not in METHODS:
-            raise ConfigError(f"method={self.method!r} is not one of {AUTO}, {', '.join(METHODS)}")
+        if self.method not in (AUTO, IMPORT, *METHODS):
+            raise ConfigError(f"method={self.method!r} is not one of {AUTO}, {', '.join(METHODS)}, {IMPORT}")
         for name in ("quantize_embeddings", "uniform", "offset"):
             _require_flag(name, getattr(self, name), name != "quantize_embeddings")
         self._check_modules()
@@ -109,6 +110,8 @@ class BCQConfig(QuantizationConfigMixin):
         method = self.method
         if method == AUTO:
             return "refined" if calibrated and not self.nested_bits else "offset"
+        if method == IMPORT:
+            return IMPORT
         if needs_hessian(method) and not calibrated:
             raise ConfigError(
                 f"method={method!r} needs calibration, which loading a model cannot do; load the model without "
@@ -148,7 +151,12 @@ class BCQConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def resolved(self, *, calibrated: bool) -> Self:
-        """A copy for one model: the method and which scales there are by name."""
+        """A copy for one model: the method and which scales there are by name. Raises ConfigError for imports."""
+        if self.method == IMPORT:
+            raise ConfigError(
+                f"method={IMPORT!r} takes the codes of a GGUF file; call import_gguf(model, file), or use "
+                f"`mikv quantize FILE.gguf OUT --method {IMPORT}`"
+            )
         config: Self = self.from_dict(self.to_dict())
         config.method = self.resolved_method(calibrated=calibrated)
         sample = config.of_module("")

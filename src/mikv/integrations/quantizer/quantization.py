@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from mikv.errors import ConfigError, UnsupportedModelError
 from mikv.integrations.quantizer import modules
+from mikv.integrations.quantizer.budget import OnProgress, bits_for_budget, require_budget
 from mikv.integrations.quantizer.calibrate import Hessians, stages, token_chunks
 from mikv.integrations.quantizer.config import BCQConfig
 from mikv.weights.embedding import BCQEmbedding
@@ -64,14 +65,19 @@ def quantize(
     tokenizer: Any = None,
     max_tokens: int = MAX_TOKENS,
     sequence_length: int = SEQUENCE_LENGTH,
+    budget_bits: float | None = None,
     on_progress: Callable[[LayerReport, int, int], None] | None = None,
+    on_measured: OnProgress | None = None,
 ) -> QuantizationReport:
     """Quantize `model` in place; `save_pretrained` then writes the result.
 
     `calibration` are texts; None takes a method that needs none. Up to `max_tokens` of their tokens go through the
-    model in pieces of `sequence_length`; `tokenizer` is by default the one of the model's folder. `on_progress` is
-    called with a layer's report, its number from 1, and the number of layers. The model is left in eval mode; after an
-    error load it again.
+    model in pieces of `sequence_length`; `tokenizer` is by default the one of the model's folder. `budget_bits` gives
+    each layer bits of its own, so that all take at most so many per weight, scales included; what rounding it does to
+    predictions on the texts is measured first, and module_settings of the saved configuration has the result.
+
+    `on_progress` is called with a layer's report, its number from 1, and the number of layers, `on_measured` for a
+    budget with the name of a layer and these numbers. The model is left in eval mode; after an error load it again.
 
     Raises:
         ConfigError: settings that cannot work, or no text to calibrate on.
@@ -82,6 +88,8 @@ def quantize(
     start = time.perf_counter()
     require_plain(model)
     model.eval()
+    if budget_bits is not None:
+        require_budget(budget_bits, config, calibrated=calibration is not None)
     config = config.resolved(calibrated=calibration is not None)
     modules.fix_skipped(model, config)
     names = modules.linear_names(model, config)
@@ -90,6 +98,9 @@ def quantize(
     chunks = None
     if calibration is not None:
         chunks = token_chunks(calibration, tokenizer or _tokenizer_of(model), max_tokens, sequence_length)
+    if budget_bits is not None:
+        assert chunks is not None
+        _set_module_bits(config, bits_for_budget(model, config, budget_bits, chunks, on_measured or _ignore))
     reports: list[LayerReport] = []
     work = _Work(model, config)
     total = len(names) + len(work.embeddings)
@@ -218,6 +229,17 @@ class _Work:
         if self.head is not None:
             modules.tie_head(self.model, self.head, name)
         return report
+
+
+def _set_module_bits(config: BCQConfig, bits: dict[str, int]) -> None:
+    """Write the bits of each layer into `config`, beside what module_settings says of it already."""
+    for name, own in bits.items():
+        if own != config.of_module(name).bits:
+            config.module_settings[name] = config.module_settings.get(name, {}) | {"bits": own}
+
+
+def _ignore(name: str, done: int, total: int) -> None:
+    """No one wants to know."""
 
 
 def _error(weight: Tensor, coding: BCQWeight, hessian: Tensor | None) -> float:
