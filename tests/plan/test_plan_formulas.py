@@ -22,7 +22,7 @@ from mikv.plan.time import break_even_batch, decode_time, lut_time, matrix_time,
 from mikv.plan.weight_formats import parse_weights
 from mikv.weights.weight import BCQWeight, num_groups
 
-LAPTOP = Hardware("this", "a laptop", 24 << 30, 30e9, 0.15e12, 0, None, most=1, is_cpu=True)
+LAPTOP = Hardware("this", "a laptop", 24 << 30, 30e9, 0.24e12, 0, None, most=1, is_cpu=True)
 DEVICES = [GPUS["a100-80"], GPUS["l4"], LAPTOP]
 MODELS = st.sampled_from(["smollm2-135m", "llama-2-7b", "llama-3-70b", "opt-175b", "qwen2.5-0.5b"])
 WEIGHTS = st.sampled_from(["fp32", "fp16", "int8", "int4", "int3", "bcq1", "bcq2", "bcq4", "3.375"])

@@ -13,6 +13,7 @@ _TABLE_1 = "LUT-GEMM (arXiv 2206.09557) table 1, first MLP layer of OPT-175B on 
 _TABLES = "fitted once to the 33 rows of LUT-GEMM tables 3 and 4 together"
 _FLEET = "vllm-sr-sim's power model, anchored to ML.ENERGY v3: Llama-70B on H100, 300 W at batch 1, 600 W at 128"
 _BENCH = "docs/results/bench_generate.md"
+_MATMUL = "docs/results/bench_matmul_1.md, 4096 x 4096, cold"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ GPU = Constants(
         "packed_attention": Constant(0.62, "share", "docs/results/bench_attention.md on a CPU; no GPU kernels yet"),
         "append_passes": Constant(0, "passes", "servers write new keys in place"),
         "matmul": Constant(0.5, "share", "Megatron-LM (arXiv 2104.04473): 44 to 52 % of peak on A100"),
+        "lut_matmul": Constant(0.5, "of peak", "as matmul: from 16-bit copies"),
         "memory": Constant(0.9, "share", "vLLM's gpu_memory_utilization"),
         "reserved_gib": Constant(3.5, "GiB per GPU", "vllm-sr-sim: CUDA context, graphs and communication buffers"),
         "prefill_tokens": Constant(2048, "tokens", "read at once, as servers that chunk prefills do"),
@@ -91,14 +93,14 @@ GPU = Constants(
 )
 CPU = Constants(
     {
-        "dense32": Constant(1.0, "share", "torch fp32 linear 4096 x 4096, cold: 20.1 GB/s where memory gives 18 to 21"),
-        "dense16": Constant(0.47, "share", "torch bf16 linear, the same test: 3.58 ms, no faster than fp32"),
-        "dense8": Constant(0.4, "share", "torch int8pack, the same test: 2.09 ms"),
-        "int4": Constant(0.17, "share", "torch int4pack with bf16, the same test: 2.57 ms"),
-        "int3": Constant(0.17, "share", "as int4; assumed"),
-        "lut": Constant(0.7, "share", "what mikv's kernels aim at; mikv bench matmul measures it"),
+        "dense32": Constant(1.0, "share", f"{_MATMUL}: torch fp32, 122 % of the stream probe"),
+        "dense16": Constant(0.71, "share", f"{_MATMUL}: torch bf16"),
+        "dense8": Constant(0.7, "share", "as dense16; assumed"),
+        "int4": Constant(0.69, "share", f"{_MATMUL}: torch int4pack with bf16"),
+        "int3": Constant(0.69, "share", "as int4; assumed"),
+        "lut": Constant(0.9, "share", f"{_MATMUL}: 89, 94 and 101 % with 2, 3 and 4 bits"),
         "lut_layer_us": Constant(0, "us per layer", "tables are built in the shadow of reading memory; assumed"),
-        "lut_row": Constant(1.0, "of the first row", "upper bound; mikv bench matmul --rows measures it"),
+        "lut_row": Constant(0.16, "of the first row", f"{_MATMUL}: 4 rows take 1.4 to 1.5 times as long as one"),
         "dequantized_passes": Constant(0, "passes", "tiles are dequantized into the processor's cache"),
         "layer_us": Constant(1330, "us per layer", f"{_BENCH}: full, 64 tokens, 17.1 tokens/s: transformers' overhead"),
         "packed_layer_us": Constant(380, "us per layer", f"{_BENCH}: mikv:balanced at 64 tokens, against full"),
@@ -109,6 +111,7 @@ CPU = Constants(
             3, "passes", "transformers' DynamicCache copies itself to grow: read, allocate, write"
         ),
         "matmul": Constant(0.8, "share", "of what the probe multiplies per second; assumed"),
+        "lut_matmul": Constant(3.4, "of peak", f"{_MATMUL}, 128 rows: bytes against torch fp32"),
         "memory": Constant(0.9, "share", "as on GPUs"),
         "reserved_gib": Constant(0.4, "GiB", "Python with PyTorch and transformers"),
         "prefill_tokens": Constant(1e9, "tokens", "transformers reads a prompt at once"),

@@ -73,8 +73,8 @@ def prefill_time(deployment: Deployment, devices: int) -> float:
     chunks = -(-tokens // int(constants["prefill_tokens"]))
     attended = sum(_attended(layer.num_cached, deployment.context) for layer in shape.layers)
     attention = 4 * deployment.batch * shape.num_heads * shape.head_dim * attended
-    operations = 2 * tokens * shape.matrix_parameters + attention
-    multiplying = operations / (devices * device.flops * constants["matmul"])
+    multiplying = 2 * tokens * shape.matrix_parameters / (devices * _matrix_rate(deployment))
+    multiplying += attention / (devices * device.flops * constants["matmul"])
     reading = chunks * _read_for_multiplying(deployment, devices)
     overhead = chunks * shape.num_layers * constants["layer_us"] * _MICRO
     return max(multiplying, reading) + overhead + _communication_time(deployment, devices, tokens)
@@ -108,13 +108,17 @@ def lut_time(deployment: Deployment, devices: int, rows: int) -> float:
 
 def _multiplied_time(deployment: Deployment, devices: int, rows: int) -> tuple[float, bool]:
     """Reading or multiplying, whichever takes longer; a copy that is written and read again comes on top."""
-    shape, device = deployment.shape, deployment.hardware
+    shape = deployment.shape
     reading = _read_for_multiplying(deployment, devices)
-    rate = device.flops * deployment.constants["matmul"]
-    multiplying = 2 * rows * shape.matrix_parameters / (devices * rate)
+    multiplying = 2 * rows * shape.matrix_parameters / (devices * _matrix_rate(deployment))
     if deployment.weights.is_lut and deployment.hardware.is_cpu:
         return reading + multiplying, multiplying > reading  # tile by tile: first one, then the other
     return max(reading, multiplying), multiplying > reading
+
+
+def _matrix_rate(deployment: Deployment) -> float:
+    """Operations per second of a device with many rows."""
+    return deployment.hardware.flops * deployment.constants["lut_matmul" if deployment.weights.is_lut else "matmul"]
 
 
 def _read_for_multiplying(deployment: Deployment, devices: int) -> float:
