@@ -5,7 +5,7 @@
 //                                               each: byte 2 i + h is row 32 h + i of the tile, bit t is input t
 //     scales  f16 (tiles, N, n, 64)             one of each plane, or of the first if uniform; then the offset, if any
 //
-// Inputs are rounded in chunks, groups cut into runs of up to 128, each of which has a step of its own.
+// Inputs are rounded in chunks, groups cut into runs of up to 32, each of which has a step of its own.
 #pragma once
 
 #include "kernels.h"
@@ -14,7 +14,7 @@ namespace mikv {
 
 constexpr int kTileRows = 64;
 constexpr int kColumnInputs = 8;
-constexpr int kChunkColumns = 16;
+constexpr int kChunkColumns = 4;
 constexpr int kMaxPlanes = 8;
 constexpr int kTableBytes = 32;  // of a byte column: two tables of 16 entries, for the low and the high nibble
 
