@@ -12,7 +12,9 @@ from mikv import ops
 from mikv.bench.matmul_plan import DIFFERENT_ROWS, repeat_rows
 from mikv.ops import matmul, native
 from mikv.ops.matmul import MatmulShape
+from mikv.weights.module import shape_of
 from mikv.weights.solve import solve
+from mikv.weights.weight import BCQWeight
 
 PATHS = {"mikv": 0, "mikv_lut": 1, "mikv_bytes": 2}  # 0 is what the library chooses
 METHOD = "offset"  # a scale per plane and an offset: the format with most numbers to read, found without calibration
@@ -40,8 +42,8 @@ class MikvWeight:
         coded = solve(weights[:DIFFERENT_ROWS], bits, group_size, METHOD)
         planes, scales = (repeat_rows(part, m, 1) for part in (coded.planes, coded.scales))
         offset = None if coded.offset is None else repeat_rows(coded.offset, m, 1)
-        shape = MatmulShape(m, k, coded.group_size, bits, bits, coded.is_uniform, offset is not None)
-        return cls(*ops.arrange(planes, scales, offset, k, coded.group_size), shape, path)
+        weight = BCQWeight(planes, scales, offset, k, coded.group_size)
+        return cls(*ops.arrange(planes, scales, offset, k, coded.group_size), shape_of(weight), path)
 
     def product(self, activations: Tensor) -> Callable[[], Tensor]:
         """The operation, or the kernel itself on the path that is asked for."""

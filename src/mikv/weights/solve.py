@@ -73,9 +73,14 @@ def solve(weight: Tensor, bits: int, group_size: int | None, method: str, hessia
     return as_uniform(coded) if method == "rtn" else coded
 
 
-def output_error(weight: Tensor, coded: BCQWeight, hessian: Tensor) -> float:
-    """The mean squared error of the layer's output, relative to the output's mean square: trace(E H E^T) over W's."""
+def output_error(weight: Tensor, coded: BCQWeight, hessian: Tensor | None = None) -> float:
+    """The mean squared error of the layer's output, relative to the output's mean square: trace(E H E^T) over W's.
+
+    Without a hessian that of the weights themselves.
+    """
     difference = coded.dequantize() - weight
+    if hessian is None:
+        return float(difference.square().sum() / weight.square().sum().clamp_min(1e-30))
     return float(((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum())
 
 

@@ -28,6 +28,7 @@ from mikv.integrations.quantizer.quantization import (
 )
 from mikv.weights.imported import from_q4_0, from_q4_1
 from mikv.weights.linear import BCQLinear
+from mikv.weights.solve import output_error
 from mikv.weights.weight import BCQWeight
 
 logger = logging.getLogger("mikv")
@@ -106,7 +107,7 @@ def _exchange(model: PreTrainedModel, name: str, coding: BCQWeight) -> LayerRepo
     start = time.perf_counter()
     old = model.get_submodule(name)
     weight = modules.matrix(old)
-    error = float((coding.dequantize() - weight).square().sum() / weight.square().sum().clamp_min(1e-30))
+    error = output_error(weight, coding)
     new = BCQLinear.from_weights({coding.bits: coding}, bias=modules.bias_of(old))
     modules.exchange(model, name, new)
     new.arrange()

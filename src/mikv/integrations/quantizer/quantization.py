@@ -128,7 +128,7 @@ def coded(
         num_bytes = single.num_bytes
     seconds = time.perf_counter() - start
     best = codings[settings.bits]
-    error = _error(weight, best, hessian)
+    error = output_error(weight, best, hessian)
     bits_per_weight = 8 * num_bytes / weight.numel()
     report = LayerReport(name, best.bits, best.group_size, bits_per_weight, weight.numel(), error, seconds)
     return codings, report
@@ -240,13 +240,6 @@ def _set_module_bits(config: BCQConfig, bits: dict[str, int]) -> None:
 
 def _ignore(name: str, done: int, total: int) -> None:
     """No one wants to know."""
-
-
-def _error(weight: Tensor, coding: BCQWeight, hessian: Tensor | None) -> float:
-    """See `LayerReport.output_error`."""
-    if hessian is not None:
-        return output_error(weight, coding, hessian)
-    return float((coding.dequantize() - weight).square().sum() / weight.square().sum().clamp_min(1e-30))
 
 
 def _tokenizer_of(model: PreTrainedModel) -> Any:
