@@ -133,7 +133,7 @@ inline void words_to_floats(Bytes words, int less, Floats* out) {
   out[0] = to_float(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(numbers)));
   out[1] = to_float(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(numbers, 1)));
 }
-constexpr int kMostLutRows = 12;
+constexpr int kMostLutRows = 7;
 constexpr int kLutRowsAtOnce = 2;
 
 // Signs as unsigned levels, and levels times signed bytes, see bytes.inc. Pairs of products fit into 16 bits.

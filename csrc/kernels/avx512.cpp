@@ -127,7 +127,7 @@ inline void words_to_floats(Bytes words, int less, Floats* out) {
   out[0] = to_float(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(numbers)));
   out[1] = to_float(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(numbers, 1)));
 }
-constexpr int kMostLutRows = 5;
+constexpr int kMostLutRows = 3;
 constexpr int kLutRowsAtOnce = 4;
 
 // Signs as unsigned levels, and levels times signed bytes, see bytes.inc.
