@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from correlated import layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from mikv.errors import ConfigError, NumericsError
 from mikv.weights.solve import METHODS, needs_hessian, output_error, solve
@@ -12,15 +12,6 @@ from mikv.weights.solve import METHODS, needs_hessian, output_error, solve
 DATA_FREE = [method for method in METHODS if not needs_hessian(method)]
 CALIBRATED = [method for method in METHODS if needs_hessian(method)]
 UNIFORM = {"rtn", "gptq", "refined-uniform"}
-
-
-def layer(rows: int = 48, columns: int = 256, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Weights, and the mean of x x^T over inputs that are correlated and of unequal size."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
-    inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing
-    inputs *= torch.rand(columns, generator=generator) * 2 + 0.1
-    return torch.randn(rows, columns, generator=generator) * 0.02, inputs.T @ inputs / len(inputs)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, None])

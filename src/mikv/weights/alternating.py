@@ -6,10 +6,12 @@ Source: Xu et al., "Alternating multi-bit quantization" (ICLR 2018), as used by 
 offset and the importance weights are additions.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from mikv.weights.coding import Coding, merged, rounded, signs_of
+from mikv.weights.coding import Coding, merged, rounded
 from mikv.weights.greedy import greedy, greedy_with_offset
 from mikv.weights.uniform import clipped_uniform
 
@@ -34,14 +36,14 @@ def alternate(x: Tensor, importance: Tensor, start: Coding, rounds: int) -> Codi
     """`start` after so many rounds."""
     coding = start
     for _ in range(rounds):
-        scales, offset = least_squares(x, importance, coding)
-        coding = Coding(Coding(coding.codes, scales, offset).levels().nearest(x)[0], scales, offset)
+        coding = coding.with_scales(*least_squares(x, importance, coding))
+        coding = replace(coding, codes=coding.levels().nearest(x)[0])
     return coding
 
 
 def least_squares(x: Tensor, importance: Tensor, coding: Coding) -> tuple[Tensor, Tensor | None]:
     """The best scales and offsets for the signs of `coding`, rounded."""
-    rows = [signs_of(coding.codes, plane) for plane in range(coding.bits)]
+    rows = [coding.signs(plane) for plane in range(coding.bits)]
     if coding.offset is not None:
         rows.append(torch.ones_like(x))
     basis = torch.stack(rows, 1)  # (R, q [+ 1], g)

@@ -10,7 +10,8 @@ rounds them as soon as it has them, and chooses signs against what will be store
 Knows nothing about matrices and where groups lie in them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +20,13 @@ from mikv.errors import NumericsError
 
 _LARGEST = torch.finfo(torch.float16).max
 _FEW_LEVELS = 16  # up to here, comparing with every bound is three times as fast as a binary search
+
+
+class Choice(Protocol):
+    """What chooses codes."""
+
+    def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes for float32 (R, n), and the values they stand for."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,15 @@ class Coding:
         """Planes."""
         return self.scales.shape[0]
 
-    def levels(self) -> Levels:
+    def signs(self, plane: int) -> Tensor:
+        """The signs of one plane, float32 (R, g)."""
+        return signs_of(self.codes, plane)
+
+    def with_scales(self, scales: Tensor, offset: Tensor | None) -> Self:
+        """The same signs with other scales and offsets."""
+        return replace(self, scales=scales, offset=offset)
+
+    def levels(self) -> Choice:
         """The levels of every group."""
         return levels_of(self.scales, self.offset)
 
@@ -71,6 +87,10 @@ class Coding:
     def error(self, x: Tensor, importance: Tensor) -> Tensor:
         """The weighted squared error of every group against x (R, g), float32 (R,)."""
         return ((self.values() - x).square_() * importance).sum(1)
+
+    def parts(self) -> list["Coding"]:
+        """All codings that this stands for, as they are stored: one, but for nested precision."""
+        return [self.canonical()]
 
     def canonical(self) -> "Coding":
         """The same values with no negative scale, and planes in descending order of scale."""

@@ -8,6 +8,7 @@ output rows is contiguous.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def compensated(weight: Tensor, factor: Tensor, group_size: int, fit: Fit) -> li
     for start, stop in spans(0, weight.shape[1], group_size):
         x = remaining[start:stop].T.contiguous()  # (M, g)
         fitted = fit(x, importance[start:stop].expand_as(x))
-        codings.append(Coding(_code_group(remaining, factor, start, stop, fitted), fitted.scales, fitted.offset))
+        codings.append(replace(fitted, codes=_code_group(remaining, factor, start, stop, fitted)))
     return codings
 
 

@@ -20,12 +20,18 @@ _SLICE = 2**17  # weights, or levels where these are more: what stays in a proce
 
 def code_matrix(weight: Tensor, importance: Tensor, bits: int, group_size: int, solver: Solver) -> BCQWeight:
     """The binary coding that `solver` finds for float32 (M, K) whose columns have an importance, float32 (K,)."""
+    return code_matrices(weight, importance, bits, group_size, lambda x, weights: [solver(x, weights)])[0]
+
+
+def code_matrices(
+    weight: Tensor, importance: Tensor, bits: int, group_size: int, solver: Callable[[Tensor, Tensor], list[Coding]]
+) -> list[BCQWeight]:
+    """The same where `solver` finds several codings at once, of up to `bits` planes."""
     parts = []
     for rows in _row_slices(weight, bits, group_size):
-        coding = solver(*_grouped(rows, importance, group_size))
-        codes = coding.codes.reshape(rows.shape[0], -1)[:, : rows.shape[1]]  # (m, K)
-        parts.append(_weight(codes, coding, rows.shape[0], group_size))
-    return concatenated(parts)
+        codings = solver(*_grouped(rows, importance, group_size))
+        parts.append([_ungrouped(coding, rows, group_size) for coding in codings])
+    return [concatenated(list(matrices)) for matrices in zip(*parts, strict=True)]
 
 
 def join_groups(codings: list[Coding], group_size: int) -> BCQWeight:
@@ -47,6 +53,12 @@ def concatenated(parts: list[BCQWeight]) -> BCQWeight:
         parts[0].in_features,
         group_size=parts[0].group_size,
     )
+
+
+def _ungrouped(coding: Coding, rows: Tensor, group_size: int) -> BCQWeight:
+    """The coding of the groups of rows (m, K) as a matrix."""
+    codes = coding.codes.reshape(rows.shape[0], -1)[:, : rows.shape[1]]  # (m, K)
+    return _weight(codes, coding, rows.shape[0], group_size)
 
 
 def _weight(codes: Tensor, coding: Coding, out_features: int, group_size: int) -> BCQWeight:

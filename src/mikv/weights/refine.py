@@ -9,11 +9,13 @@ Neither can raise the loss, but for the rounding of scales to 16 bits. In a unif
 planes: their signs, each with half of the weight of the one before. Matrices are transposed, (K, M), as in gptq.py.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from mikv.weights.alternating import solve_ridge
-from mikv.weights.coding import Coding, halving, rounded, signs_of
+from mikv.weights.coding import Coding, halving, rounded
 from mikv.weights.gptq import BLOCK, spans
 
 
@@ -40,16 +42,15 @@ class _State:
         """Fit the scales and the offset of a group, which has one."""
         (start, stop), coding = self.spans[group], self.codings[group]
         assert coding.offset is not None
-        signs, shares = coding.codes.T.contiguous(), halving(coding.bits, coding.codes.device)
-        basis = [signs_of(signs, plane) for plane in range(coding.bits)]  # (g, M) each
+        shares = halving(coding.bits, coding.codes.device)
+        basis = [coding.signs(plane).T.contiguous() for plane in range(coding.bits)]  # (g, M) each
         if uniform:
             basis = [sum((share * row for share, row in zip(shares, basis, strict=True)), torch.zeros_like(basis[0]))]
         basis.append(torch.ones_like(basis[0]))
         change = self._least_squares(start, stop, basis)  # (M, 2 or q + 1)
         scales = rounded(coding.scales[: len(basis) - 1] + change[:, :-1].T)
-        self.codings[group] = Coding(
-            coding.codes, scales * shares[:, None] if uniform else scales, rounded(coding.offset + change[:, -1])
-        )
+        scales = scales * shares[:, None] if uniform else scales
+        self.codings[group] = coding.with_scales(scales, rounded(coding.offset + change[:, -1]))
         self._replace(start, stop, self.codings[group].values().T)
 
     def _least_squares(self, start: int, stop: int, basis: list[Tensor]) -> Tensor:
@@ -71,7 +72,7 @@ class _State:
                 gradient[k + 1 :].addr_(metric[k, k + 1 :], value[:, 0] - values[k])
                 values[k] = value[:, 0]
             self._replace(first, last, values)
-        self.codings[group] = Coding(codes, coding.scales, coding.offset)
+        self.codings[group] = replace(coding, codes=codes)
 
     def _replace(self, start: int, stop: int, values: Tensor) -> None:
         """Set columns of the matrix, and bring the gradient up to date."""
