@@ -77,8 +77,8 @@ def test_a_file_that_is_cut_off_is_refused(written: Any) -> None:
 
 def test_import_is_no_method_of_quantize_or_loading(tmp_path: Path) -> None:
     config = mikv.BCQConfig(method="import")
-    with pytest.raises(ConfigError, match="takes the codes of a GGUF file; call import_gguf"):
+    with pytest.raises(ConfigError, match="takes codes that files have; call import_gguf or import_packed"):
         mikv.quantize(tiny_model("llama"), config)
     tiny_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="takes the codes of a GGUF file"):
+    with pytest.raises(ConfigError, match="takes codes that files have"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)

@@ -28,13 +28,15 @@ def quantize(
     bits: Annotated[int, typer.Option(help="Bits of a weight, from 1 to 8.")] = 4,
     group_size: Annotated[
         str | None,
-        typer.Option(help="Inputs that share scales, a multiple of 32, or `row` for all. [default: 128, imports: 32]"),
+        typer.Option(
+            help="Inputs that share scales, a multiple of 32, or `row` for all. [default: 128, imports: their own]"
+        ),
     ] = None,
     method: Annotated[
         str,
         typer.Option(
             help="How codings are found: auto, one of mikv.weights.solve.METHODS, or import: those of a GGUF file's "
-            "Q4_0 and Q4_1 matrices."
+            "Q4_0 and Q4_1 matrices, or of a folder quantized by GPTQ or AWQ."
         ),
     ] = "auto",
     calibration: Annotated[

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mikv.cli.measuring import Show
-from mikv.errors import ConfigError
+from mikv.errors import ConfigError, ModelNotFoundError
 
 if TYPE_CHECKING:
+    from mikv.bench.memory import PeakMemory
     from mikv.integrations.quantizer import BCQConfig, LayerReport, QuantizationReport
     from mikv.models import LoadedModel
 
@@ -48,18 +49,25 @@ class Order:
 
     @property
     def is_import(self) -> bool:
-        """Whether codes are taken from a GGUF file as they are."""
+        """Whether codes are taken as they are."""
         from mikv.integrations.quantizer.config import IMPORT
 
         return self.config.method == IMPORT
 
     def _require_importable(self, source: Path | str) -> None:
-        """Raise ConfigError for a model that is no GGUF file, and for settings that the file decides."""
-        config = self.config
-        if not (isinstance(source, Path) and source.is_file()):
-            raise ConfigError(f"--method import takes the codes of a .gguf file, which {self.model} is not")
+        """Raise MiKVError for a model that has no codes to import, and for settings that they decide."""
+        from mikv.integrations.quantizer.packed_settings import PackedSettings, is_packed
+
+        config, taken = self.config, "4 bits in groups of 32"
+        if isinstance(source, Path) and is_packed(source):
+            taken = f"the folder's own {PackedSettings.read(source)}"
+        elif not (isinstance(source, Path) and source.is_file()):
+            raise ConfigError(
+                f"--method import takes the codes of a .gguf file, which {self.model} is not, or of a folder whose "
+                "config.json has a quantization_config with quant_method gptq or awq"
+            )
         if (config.bits, config.group_size) != (4, 32):
-            raise ConfigError("--method import takes 4 bits in groups of 32; leave out --bits and --group-size")
+            raise ConfigError(f"--method import takes {taken}; leave out --bits and --group-size")
         if self.budget_bits is not None or config.nested_bits or config.quantize_embeddings:
             raise ConfigError("--method import excludes --budget-bits, --nested and --embeddings")
         if self.calibration not in (None, _NO_CALIBRATION):
@@ -86,16 +94,47 @@ class Order:
         from transformers.utils import logging
 
         from mikv.bench.memory import PeakMemory
-        from mikv.models import load_model
 
-        loaded = load_model(self.model)
-        plain_bytes, memory = _bytes_in_memory(loaded.model), PeakMemory()
-        report = self._quantized(loaded, show)
+        memory = PeakMemory()
+        loaded, bytes_before, report = self._load_and_quantize(folder.parent, memory, show)
         logging.disable_progress_bar()  # of writing files
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        sizes = {"bytes_before": plain_bytes, "bytes_after": _bytes_in_files(folder), "peak_rss_bytes": memory.peak()}
-        return self._description(report) | sizes | {"layers": [asdict(layer) for layer in report.layers]}
+        sizes = {"bytes_before": bytes_before, "bytes_after": _bytes_in_files(folder), "peak_rss_bytes": memory.peak()}
+        quantizer: Any = loaded.model.hf_quantizer
+        description = self._description(report, quantizer.quantization_config)
+        return description | sizes | {"layers": [asdict(layer) for layer in report.layers]}
+
+    def _load_and_quantize(
+        self, scratch: Path, memory: "PeakMemory", show: Show
+    ) -> "tuple[LoadedModel, int, QuantizationReport]":
+        """The quantized model, the bytes it had before, and the report."""
+        from mikv.integrations.quantizer.packed_settings import is_packed
+        from mikv.models import find_model, load_model
+
+        source = find_model(self.model)
+        if self.is_import and isinstance(source, Path) and is_packed(source):
+            loaded, report = self._import_packed(source, scratch, show)
+            return loaded, _bytes_in_files(source), report
+        loaded = load_model(self.model)
+        memory.start()
+        plain_bytes = _bytes_in_memory(loaded.model)
+        return loaded, plain_bytes, self._quantized(loaded, show)
+
+    def _import_packed(self, source: Path, scratch: Path, show: Show) -> "tuple[LoadedModel, QuantizationReport]":
+        from transformers import AutoTokenizer
+
+        from mikv.integrations.quantizer.packed_import import import_packed
+        from mikv.models import LoadedModel
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ModelNotFoundError(f"the folder {source} has no tokenizer that transformers can load") from error
+        model, report = import_packed(
+            source, scratch=scratch, on_progress=lambda layer, done, total: show(layer.name, done, total)
+        )
+        return LoadedModel(self.model, model, tokenizer), report
 
     def _quantized(self, loaded: "LoadedModel", show: Show) -> "QuantizationReport":
         def show_layer(layer: "LayerReport", done: int, total: int) -> None:
@@ -118,13 +157,13 @@ class Order:
             on_measured=lambda name, done, total: show(f"what {name} does", done, total),
         )
 
-    def _description(self, report: "QuantizationReport") -> dict[str, Any]:
+    def _description(self, report: "QuantizationReport", config: "BCQConfig") -> dict[str, Any]:
         return {
             "model": self.model,
             "out": str(self.out),
-            "bits": self.config.bits,
+            "bits": config.bits,
             "budget_bits": self.budget_bits,
-            "group_size": self.config.group_size,
+            "group_size": config.group_size,
             "method": report.method,
             "calibration": self.calibration or (_NO_CALIBRATION if self.is_import else "built-in"),
             "embeddings": self.config.quantize_embeddings,

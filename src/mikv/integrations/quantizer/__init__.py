@@ -2,7 +2,17 @@
 
 from mikv.integrations.quantizer.config import BCQConfig
 from mikv.integrations.quantizer.gguf_import import import_gguf
+from mikv.integrations.quantizer.packed_import import import_packed
 from mikv.integrations.quantizer.quantization import LayerReport, QuantizationReport, quantize, set_bits
 from mikv.integrations.quantizer.quantizer import BCQQuantizer
 
-__all__ = ["BCQConfig", "BCQQuantizer", "LayerReport", "QuantizationReport", "import_gguf", "quantize", "set_bits"]
+__all__ = [
+    "BCQConfig",
+    "BCQQuantizer",
+    "LayerReport",
+    "QuantizationReport",
+    "import_gguf",
+    "import_packed",
+    "quantize",
+    "set_bits",
+]

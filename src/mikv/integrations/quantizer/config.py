@@ -17,7 +17,7 @@ from mikv.weights.weight import GROUP_STEP, MOST_BITS
 
 FORMAT_VERSION = 1
 AUTO = "auto"
-IMPORT = "import"  # codes that a GGUF file has already
+IMPORT = "import"  # codes that a file has already
 _NESTED_BITS = PRECISIONS[:-1]
 _UNIFORM = ("rtn", "gptq", "refined-uniform", IMPORT)
 _WITHOUT_OFFSET = ("greedy", "alternating")
@@ -31,7 +31,7 @@ class BCQConfig(QuantizationConfigMixin):
     bits                    sign planes per weight, 1 to 8
     group_size              columns that share scales: a multiple of 32, or None for whole rows
     method                  how the coding is found (mikv.weights.solve); auto is "refined" with calibration, "offset"
-                            without; "import" is what `import_gguf` writes
+                            without; "import" is what `import_gguf` and `import_packed` write
     modules_to_not_convert  names of layers that stay as they are, with all below them; or the ends of names
     module_settings         settings of single layers by full name: {"model.layers.0.mlp.down_proj": {"bits": 4}};
                             bits and group_size
@@ -154,7 +154,7 @@ class BCQConfig(QuantizationConfigMixin):
         """A copy for one model: the method and which scales there are by name. Raises ConfigError for imports."""
         if self.method == IMPORT:
             raise ConfigError(
-                f"method={IMPORT!r} takes the codes of a GGUF file; call import_gguf(model, file), or use "
+                f"method={IMPORT!r} takes codes that files have; call import_gguf or import_packed, or use "
                 f"`mikv quantize FILE.gguf OUT --method {IMPORT}`"
             )
         config: Self = self.from_dict(self.to_dict())

@@ -1,0 +1,142 @@
+"""The tensors of a folder with weights that GPTQ or AWQ packed: found, checked and read, one layer at a time.
+
+Knows nothing of transformers' models; which layers there are and how large, it is told.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mikv.errors import CheckpointError, UnsupportedModelError
+from mikv.integrations.quantizer.packed_settings import PackedSettings
+
+_DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32")}  # safetensors' names
+_GROUPS = "g_idx"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class PackedFolder:
+    """`files` has the file of every tensor by its name."""
+
+    folder: Path
+    settings: PackedSettings
+    files: Mapping[str, Path]
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Read config.json and the names of all tensors. Raises MiKVError for what cannot be imported."""
+        return cls(folder, PackedSettings.read(folder), _files_of_tensors(folder))
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """Names of the packed layers. Raises CheckpointError for parts of one that has no codes."""
+        found = {name.removesuffix(".qweight") for name in self.files if name.endswith(".qweight")}
+        for name in sorted(self.files):
+            layer, _, part = name.rpartition(".")
+            if part in (*_DTYPES, _GROUPS) and layer not in found:
+                raise CheckpointError(
+                    f"{self.folder} has {name}, but no {layer}.qweight; the folder is incomplete, or AWQ scaled the "
+                    "activations of the model, which cannot be imported"
+                )
+        return sorted(found)
+
+    @cached_property
+    def plain(self) -> list[str]:
+        """Names of all tensors but the packed matrices."""
+        packed = {f"{layer}.{part}" for layer in self.layers for part in (*_DTYPES, _GROUPS)}
+        return sorted(set(self.files) - packed)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor. Raises CheckpointError if it is not there or cut off."""
+        if name not in self.files:
+            raise CheckpointError(f"{self.folder} has no {name}; the folder is incomplete")
+        with _opened(self.files[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def read_layer(self, layer: str) -> dict[str, Tensor]:
+        """What its matrix is made of."""
+        return {part: self.read(f"{layer}.{part}") for part in _DTYPES}
+
+    def require_shape(self, name: str, wanted: tuple[int, ...], reason: str) -> str:
+        """The dtype of a tensor, which is not read. Raises CheckpointError unless it is there and of this shape."""
+        if name not in self.files:
+            raise CheckpointError(f"{self.folder} has no {name}; the folder is incomplete")
+        with _opened(self.files[name]) as file:
+            found = file.get_slice(name)
+            if (shape := tuple(found.get_shape())) != wanted:
+                raise CheckpointError(f"{name} is {shape}, but {wanted} {reason}; one of them is wrong")
+            return str(found.get_dtype())
+
+    def require_layer(self, layer: str, out_features: int, in_features: int) -> None:
+        """Raise CheckpointError or UnsupportedModelError, naming the tensor, unless a layer can be imported."""
+        try:
+            shapes = self.settings.layout.shapes(out_features, in_features)
+        except CheckpointError as error:
+            raise CheckpointError(f"{layer}: {error}") from error
+        reason = f"by config.json ({self.settings}) for {out_features} outputs and {in_features} inputs"
+        for part, shape in shapes.items():
+            dtype = self.require_shape(f"{layer}.{part}", shape, reason)
+            if dtype not in _DTYPES[part]:
+                raise CheckpointError(f"{layer}.{part} is {dtype}, not {' or '.join(_DTYPES[part])}")
+        if self.settings.desc_act or f"{layer}.{_GROUPS}" in self.files:
+            self._require_order(f"{layer}.{_GROUPS}", in_features)
+        self._require_zeros(f"{layer}.qzeros")
+
+    def _require_order(self, name: str, in_features: int) -> None:
+        in_order = torch.arange(in_features) // (self.settings.layout.group_size or in_features)
+        if not torch.equal(self.read(name).long(), in_order):
+            raise UnsupportedModelError(
+                f"{name}: groups of inputs out of order (desc_act, also called act-order) cannot be imported; "
+                "use a model that was quantized with desc_act=False"
+            )
+
+    def _require_zeros(self, name: str) -> None:
+        layout = self.settings.layout
+        try:
+            zeros = layout.zeros(self.read(name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        first, middle = int(zeros[0, 0]), 2 ** (layout.bits - 1)
+        if self.settings.is_symmetric and first != middle and bool((zeros == first).all()):
+            raise CheckpointError(
+                f"{name}: all zero-points are {first}, where symmetric weights (sym) of {layout.bits} bits have "
+                f"{middle}; checkpoint_format in config.json should be the other one of gptq and gptq_v2"
+            )
+
+
+def _files_of_tensors(folder: Path) -> dict[str, Path]:
+    files = _shards(folder)
+    names: dict[str, Path] = {}
+    for file in files:
+        with _opened(file) as tensors:
+            names |= dict.fromkeys(tensors.keys(), file)
+    return names
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Those of the index, or the only safetensors file of the folder, which AutoGPTQ names as it likes."""
+    if (index := folder / _INDEX).is_file():
+        try:
+            return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged: {error!r}") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise CheckpointError(f"{folder} has {len(files)} .safetensors files and no {_INDEX}; one is expected")
+    return files
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}; is the folder complete?") from error
