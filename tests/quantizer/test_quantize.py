@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import mikv
 from mikv.errors import ConfigError, UnsupportedModelError
 from mikv.integrations.quantizer import LayerReport, set_bits
-from mikv.integrations.quantizer.calibrate import find_blocks, hessians, stages, token_chunks
+from mikv.integrations.quantizer.calibrate import find_blocks, in_one_pass, stages, token_chunks
 from mikv.integrations.quantizer.modules import linear_names
 from mikv.weights.linear import BCQLinear
 from tiny import tiny_model
@@ -54,9 +54,9 @@ def test_matrices_are_the_mean_of_the_outer_products_of_the_inputs(family: str) 
     names, inputs = names_of(model), chunks()
     expected = whole_model_hessians(model, names, inputs)
     found: dict[str, Tensor] = {}
-    for stage, matrices in stages(model, names, inputs):
-        assert list(matrices) == stage
-        found |= matrices
+    for stage in stages(model, names, inputs, with_drift=False):
+        assert stage.drift is None
+        found |= dict.fromkeys(stage.names, stage.hessian)
     assert sorted(found) == sorted(names)
     for name in names:
         if name.startswith("model.layers") or ".layers." in name:
@@ -71,13 +71,18 @@ def test_blocks_are_found_where_one_hands_hidden_states_to_the_next(family: str,
         assert (blocks.prefix, len(blocks.modules)) == ("model.layers", 2)
 
 
-def test_layers_with_the_same_input_share_a_matrix() -> None:
+@pytest.mark.parametrize("with_drift", [False, True])
+def test_layers_with_the_same_input_are_a_stage(with_drift: bool) -> None:
     model = tiny_model()
-    (block, _) = [matrices for _, matrices in stages(model, names_of(model), chunks())]
-    prefix = "model.layers.0"
-    assert block[f"{prefix}.self_attn.q_proj"] is block[f"{prefix}.self_attn.v_proj"]
-    assert block[f"{prefix}.mlp.gate_proj"] is block[f"{prefix}.mlp.up_proj"]
-    assert block[f"{prefix}.mlp.up_proj"] is not block[f"{prefix}.self_attn.q_proj"]
+    found = [stage.names for stage in stages(model, names_of(model), chunks(), with_drift=with_drift)]
+    parts = [[f"self_attn.{x}_proj" for x in "qkv"], ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"]]
+    parts.append(["mlp.down_proj"])
+    assert found == [[f"model.layers.{i}.{name}" for name in part] for i in (0, 1) for part in parts]
+
+
+def quantize_roughly(model: PreTrainedModel, names: list[str]) -> None:
+    for name in names:
+        model.get_submodule(name).weight.mul_(0.7)  # stands for quantization
 
 
 def test_a_block_is_calibrated_on_what_the_quantized_blocks_before_it_say() -> None:
@@ -85,18 +90,44 @@ def test_a_block_is_calibrated_on_what_the_quantized_blocks_before_it_say() -> N
     names = names_of(model)
     second = "model.layers.1.self_attn.q_proj"
     before = whole_model_hessians(model, [second], inputs)[second]
-    for stage, matrices in stages(model, names, inputs):
-        if second in stage:
-            assert not torch.allclose(matrices[second].double(), before, rtol=0.05)
+    for stage in stages(model, names, inputs, with_drift=False):
+        if second in stage.names:
+            assert not torch.allclose(stage.hessian.double(), before, rtol=0.05)
             now = whole_model_hessians(model, [second], inputs)[second]
-            assert torch.allclose(matrices[second].double(), now, rtol=1e-3, atol=1e-4)
-        for name in stage:
-            model.get_submodule(name).weight.mul_(0.7)  # stands for quantization
+            assert torch.allclose(stage.hessian.double(), now, rtol=1e-3, atol=1e-4)
+        quantize_roughly(model, stage.names)
+
+
+def inputs_of(model: PreTrainedModel, name: str, inputs: list[Tensor]) -> Tensor:
+    rows: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, x: rows.append(x[0].flatten(0, -2).double()))
+    for x in inputs:
+        model(x)
+    hook.remove()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3"])
+def test_drift_is_what_all_layers_before_have_changed_with_every_token_counting_alike(family: str) -> None:
+    model, inputs = tiny_model(family), chunks()
+    names = names_of(model)
+    exact = {name: inputs_of(model, name, inputs) for name in names}
+    checked = 0
+    for stage in stages(model, names, inputs, with_drift=True):
+        x = inputs_of(model, stage.names[0], inputs)
+        size = x.norm(dim=1, keepdim=True)
+        if stage.drift is not None:
+            checked += 1
+            now, change = x / size, (exact[stage.names[0]] - x) / size
+            assert torch.allclose(stage.hessian.double(), now.T @ now / len(x), rtol=1e-3, atol=1e-5), stage.names
+            assert torch.allclose(stage.drift.double(), change.T @ now / len(x), rtol=1e-3, atol=1e-5), stage.names
+        quantize_roughly(model, stage.names)
+    assert checked == 2 * 4  # both blocks
 
 
 def test_a_layer_that_no_token_reaches_is_named() -> None:
     with pytest.raises(ConfigError, match="no calibration token reached lonely"):
-        hessians({"lonely": nn.Linear(4, 4)}, lambda x: x, [torch.ones(1, 4)])
+        in_one_pass({"lonely": nn.Linear(4, 4)}, lambda x: x, [torch.ones(1, 4)])
 
 
 def test_calibration_lowers_the_error_of_what_the_model_says(texts: list[str], tokenizer: Any) -> None:

@@ -50,6 +50,11 @@ def needs_hessian(method: str) -> bool:
     return _require_method(method) in _CALIBRATED
 
 
+def follows_drift(method: str) -> bool:
+    """Whether a method's weights make up for what layers before have changed. The field's baseline is as published."""
+    return needs_hessian(method) and method != "gptq"
+
+
 def solve(weight: Tensor, bits: int, group_size: int | None, method: str, hessian: Tensor | None = None) -> BCQWeight:
     """The coding of float32 (M, K) with `bits` planes and groups of so many columns, None being whole rows.
 

@@ -1,11 +1,18 @@
-"""The inputs that a model's layers see on calibration text, block by block: H = mean of x x^T for every linear layer.
+"""The inputs that a model's layers see on calibration text, one stage after the other: layers with the same input.
 
-The tokens go through the model once: what the blocks before hand on, quantized by then, is kept, and one block's
-matrices at a time. Knows nothing about quantization. Hidden states are (1, T, C), inputs of a layer (..., K).
+    H      mean of x x^T over the inputs x (K,), as they are once everything before the stage is quantized
+    drift  mean of (y - x) x^T, y being what the exact model has in the place of x
+
+With drift every token counts alike: both are of inputs divided by |x|. A few tokens, the first one above all, have
+inputs a hundred times as large as the others', and would be what the weights are fitted to.
+
+The tokens go through the model once: what the blocks before hand on is kept, quantized and exact, and with drift the
+exact inputs of one block's layers. Knows nothing about quantization. Hidden states are (1, T, C).
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +26,6 @@ from mikv.errors import ConfigError
 
 logger = logging.getLogger("mikv")
 
-Hessians = dict[str, Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # by position, after the hidden states, and by name
 _LAST_STAGE_SHARE = 4  # the layers after the blocks get every fourth chunk: it takes whole passes
 
@@ -31,6 +37,15 @@ class Blocks:
     prefix: str
     modules: list[nn.Module]
     arguments: list["Arguments"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers with the same input, by name, and what is known of it; see the module. `drift` only where asked for."""
+
+    names: list[str]
+    hessian: Tensor
+    drift: Tensor | None = None
 
 
 class _StopError(Exception):
@@ -56,23 +71,24 @@ def token_chunks(texts: Sequence[str], tokenizer: Any, max_tokens: int, sequence
     return [chunk[None] for chunk in tokens.split(length) if len(chunk) == length]
 
 
-def stages(model: PreTrainedModel, names: list[str], chunks: list[Tensor]) -> Iterator[tuple[list[str], Hessians]]:
-    """Layers by name with their matrices H (K, K), in the order of the model; they are exchanged as they come."""
+def stages(model: PreTrainedModel, names: list[str], chunks: list[Tensor], *, with_drift: bool) -> Iterator[Stage]:
+    """The layers by name in the order of the model; they are exchanged as they come.
+
+    With drift the layers of a block are calibrated one stage after the other, else all on one pass, as GPTQ published.
+    """
     chunks = [chunk.to(model.device) for chunk in chunks]
     blocks = find_blocks(model, chunks)
     inside: set[str] = set()
     if blocks is None:
         logger.warning("%s is calibrated as a whole: its blocks take more than hidden states", type(model).__name__)
     else:
-        for stage in _through_blocks(model, blocks, names, chunks):
-            inside.update(stage[0])
+        for stage in _through_blocks(model, blocks, names, chunks, with_drift):
+            inside.update(stage.names)
             yield stage
     rest = [name for name in names if name not in inside]
     if rest:
-        yield (
-            rest,
-            hessians(_modules(model, rest), lambda x: _run(model, x), chunks[:: _LAST_STAGE_SHARE if blocks else 1]),
-        )
+        layers = {name: model.get_submodule(name) for name in rest}
+        yield from in_one_pass(layers, lambda x: _run(model, x), chunks[:: _LAST_STAGE_SHARE if blocks else 1])
 
 
 def find_blocks(model: PreTrainedModel, chunks: list[Tensor]) -> Blocks | None:
@@ -86,60 +102,120 @@ def find_blocks(model: PreTrainedModel, chunks: list[Tensor]) -> Blocks | None:
     return None
 
 
-def hessians(modules: Mapping[str, nn.Module], run: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> Hessians:
-    """The matrix H of each layer's inputs while `run` is called on `inputs`. Layers with the same input share one.
+def in_one_pass(layers: Mapping[str, nn.Module], run: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> list[Stage]:
+    """The stages of layers while `run` is called on `inputs`, all at once.
 
     Raises ConfigError for a layer that no token reached.
     """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    leaders: dict[str, str] = {}
-    present: list[tuple[Tensor, str]] = []  # inputs of this call, kept so that no other tensor takes their place
-
-    def observe(name: str, x: Tensor) -> None:
-        leader = next((other for y, other in present if y is x), name)
-        leaders.setdefault(name, leader)
-        if leader != name:
-            return
-        present.append((x, name))
-        rows = x.detach().flatten(0, -2).float()  # (tokens, K)
-        if name not in sums:
-            sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-        sums[name].addmm_(rows.T, rows)
-        counts[name] = counts.get(name, 0) + len(rows)
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
-        for name, module in modules.items()
-    ]
-    try:
+    watch, moments = _Watch(layers), dict[str, _Mean]()
+    with watch:
         for x in inputs:
-            present.clear()
-            run(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if unseen := [name for name in modules if not counts.get(leaders.get(name, name))]:
+            for leader, rows in watch.seen(run, x)[1]:
+                moments.setdefault(leader, _Mean()).add(rows, rows)
+    if unseen := [name for name in layers if name not in watch.leaders]:
         raise ConfigError(
             f"no calibration token reached {unseen[0]}; calibrate with more text, or keep that layer as it is with "
             "modules_to_not_convert"
         )
-    means = {name: total / counts[name] for name, total in sums.items()}
-    return {name: means[leaders[name]] for name in modules}
+    return [Stage(watch.following(leader), mean.value) for leader, mean in moments.items()]
+
+
+class _Watch:
+    """Sees the inputs of layers, by name, while a model runs. Of those with the same input the first leads."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], until: str | None = None) -> None:
+        self.layers = layers
+        self.until = until  # a layer after whose input the rest of a pass is not wanted
+        self.leaders: dict[str, str] = {}
+        self.present: list[tuple[Tensor, str]] = []  # of this call, kept so that no other tensor takes their place
+
+    def __enter__(self) -> None:
+        self.hooks = [
+            layer.register_forward_pre_hook(lambda _, args, name=name: self._observe(name, args[0]))
+            for name, layer in self.layers.items()
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def seen(self, run: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, list[tuple[str, Tensor]]]:
+        """What `run(x)` returns, if it comes so far, and the inputs (tokens, K), float32, of leaders."""
+        self.present.clear()
+        output = None
+        with suppress(_StopError):
+            output = run(x)
+        return output, [(leader, y.detach().flatten(0, -2).float()) for y, leader in self.present]
+
+    def following(self, leader: str) -> list[str]:
+        """The layers with its input."""
+        return [name for name in self.layers if self.leaders.get(name) == leader]
+
+    def _observe(self, name: str, x: Tensor) -> None:
+        leader = next((other for y, other in self.present if y is x), name)
+        self.leaders.setdefault(name, leader)
+        if leader == name:
+            self.present.append((x, name))
+        if name == self.until:
+            raise _StopError
+
+
+class _Mean:
+    """The mean of y x^T over tokens."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Tokens (n, K) each."""
+        if self.total is None:
+            self.total = torch.zeros(y.shape[1], x.shape[1], device=x.device)
+        self.total.addmm_(y.T, x)
+        self.count += len(x)
+
+    @property
+    def value(self) -> Tensor:
+        """Float32 (K, K)."""
+        assert self.total is not None
+        return self.total / self.count
 
 
 def _through_blocks(
-    model: PreTrainedModel, blocks: Blocks, names: list[str], chunks: list[Tensor]
-) -> Iterator[tuple[list[str], Hessians]]:
+    model: PreTrainedModel, blocks: Blocks, names: list[str], chunks: list[Tensor], with_drift: bool
+) -> Iterator[Stage]:
     states = [_first_states(model, blocks.modules[0], chunk) for chunk in chunks]
+    exact = list(states)
     for i, (block, arguments) in enumerate(zip(blocks.modules, blocks.arguments, strict=True)):
-        inside = [name for name in names if name.startswith(f"{blocks.prefix}.{i}.")]
+        layers = {name: model.get_submodule(name) for name in names if name.startswith(f"{blocks.prefix}.{i}.")}
         run = _Block(block, arguments)
-        if inside:
-            yield inside, hessians(_modules(model, inside), run, states)
-        if i + 1 < len(blocks.modules):
-            for j, state in enumerate(states):
-                states[j] = run(state)
+        if with_drift:
+            yield from _with_drift(layers, run, states, exact)
+        elif layers:
+            yield from in_one_pass(layers, run, states)
+        states = [run(state) for state in states]
+
+
+def _with_drift(
+    layers: Mapping[str, nn.Module], run: "_Block", states: list[Tensor], exact: list[Tensor]
+) -> Iterator[Stage]:
+    """The stages of a block, each by passes up to its first layer. `exact` becomes what the block makes of it."""
+    block, before = _Watch(layers), dict[str, list[Tensor]]()
+    with block:
+        for j, state in enumerate(exact):
+            exact[j], inputs = block.seen(run, state)
+            for leader, rows in inputs:
+                before.setdefault(leader, []).append(rows)
+    for leader in list(before):
+        hessian, drift = _Mean(), _Mean()
+        watch = _Watch({leader: layers[leader]}, until=leader)
+        with watch:
+            for state, y in zip(states, before.pop(leader), strict=True):
+                ((_, x),) = watch.seen(run, state)[1]
+                size = x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+                hessian.add(x / size, x / size)
+                drift.add((y - x) / size, x / size)
+        yield Stage(block.following(leader), hessian.value, drift.value)
 
 
 @dataclass(frozen=True)
@@ -153,10 +229,6 @@ class _Block:
     def __call__(self, state: Tensor) -> Tensor:
         args, kwargs = self.arguments
         return _hidden(self.module(state, *args, **kwargs))
-
-
-def _modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    return {name: model.get_submodule(name) for name in names}
 
 
 @torch.no_grad()

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from mikv.errors import ConfigError, UnsupportedModelError
 from mikv.integrations.quantizer import modules
 from mikv.integrations.quantizer.budget import OnProgress, bits_for_budget, require_budget
-from mikv.integrations.quantizer.calibrate import Hessians, stages, token_chunks
+from mikv.integrations.quantizer.calibrate import Stage, stages, token_chunks
 from mikv.integrations.quantizer.config import BCQConfig
+from mikv.weights.drift import made_up
 from mikv.weights.embedding import BCQEmbedding
 from mikv.weights.linear import BCQLinear
 from mikv.weights.module import BCQModule
 from mikv.weights.nested import nest
-from mikv.weights.solve import needs_hessian, output_error, solve
+from mikv.weights.solve import follows_drift, needs_hessian, output_error, solve
 from mikv.weights.weight import BCQWeight
 
 MAX_TOKENS = 16384
@@ -134,10 +135,13 @@ def coded(
     return codings, report
 
 
-def quantize_layer(model: PreTrainedModel, name: str, config: BCQConfig, hessian: Tensor | None) -> LayerReport:
-    """Exchange the linear layer or embedding `name`; the new one is not arranged yet."""
+def quantize_layer(model: PreTrainedModel, name: str, config: BCQConfig, stage: Stage | None) -> LayerReport:
+    """Exchange the linear layer or embedding `name`, of whose inputs `stage` tells; the new one is not arranged yet."""
     old = model.get_submodule(name)
-    codings, report = coded(modules.matrix(old), name, config, hessian)
+    weight, hessian = modules.matrix(old), None if stage is None else stage.hessian
+    if stage is not None and stage.drift is not None:
+        weight = made_up(weight, stage.hessian, stage.drift)
+    codings, report = coded(weight, name, config, hessian)
     new: BCQModule
     if isinstance(old, nn.Embedding):
         new = BCQEmbedding.from_weights(codings)
@@ -200,28 +204,28 @@ class _Work:
     def run(self, names: list[str], chunks: list[Tensor] | None) -> Iterator[LayerReport]:
         """Quantize the layers and the embedding, as the reports are asked for."""
         observed = [*names, self.head] if self.head else names
-        all_stages: Iterator[tuple[list[str], Hessians]] = iter([(observed, {})])
+        all_stages: Iterator[Stage | None] = iter([None])
         if chunks is not None:
-            all_stages = stages(self.model, observed, chunks)
+            with_drift = bool(self.config.nested_bits) or follows_drift(self.config.method)
+            all_stages = stages(self.model, observed, chunks, with_drift=with_drift)
         of_head = None
-        for layers, matrices in all_stages:
-            for name in layers:
+        for stage in all_stages:
+            for name in observed if stage is None else stage.names:
                 if name == self.head:
-                    of_head = matrices.get(name)
+                    of_head = stage
                 else:
-                    yield self._exchange(name, self.config, matrices.get(name))
-            matrices.clear()  # the next ones are computed before these are let go
+                    yield self._exchange(name, self.config, stage)
         for name in self.embeddings:
             yield self._quantize_embedding(name, of_head)
 
-    def _exchange(self, name: str, config: BCQConfig, hessian: Tensor | None) -> LayerReport:
-        report = quantize_layer(self.model, name, config, hessian)
+    def _exchange(self, name: str, config: BCQConfig, stage: Stage | None) -> LayerReport:
+        report = quantize_layer(self.model, name, config, stage)
         new = self.model.get_submodule(name)
         assert isinstance(new, BCQModule)
         new.arrange()
         return report
 
-    def _quantize_embedding(self, name: str, of_head: Tensor | None) -> LayerReport:
+    def _quantize_embedding(self, name: str, of_head: Stage | None) -> LayerReport:
         config = self.config
         if of_head is None and needs_hessian(config.method):  # an untied embedding has no inputs to calibrate on
             config = replace(config, method="rtn" if config.of_module(name).uniform else "offset")
