@@ -65,14 +65,14 @@ def settings() -> Iterator[tuple[str, int, int | None]]:
         yield from ((method, bits, size) for method in COMPARED for size in OTHER_GROUP_SIZES)
 
 
-def chosen_layers(model: nn.Module, wanted: list[int]) -> dict[str, nn.Linear]:
-    """Four projections of each of these decoder layers."""
+def chosen_layers(model: nn.Module, wanted: list[int], projections: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """These projections of each of these decoder layers."""
     names = [f"model.layers.{index}." for index in wanted]
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return {
         name: module
         for name, module in found.items()
-        if any(name.startswith(n) for n in names) and name.endswith(PROJECTIONS)
+        if any(name.startswith(n) for n in names) and name.endswith(projections)
     }
 
 
@@ -83,12 +83,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=8192, help="for calibration")
     parser.add_argument("--layers", default="2,14", help="decoder layers")
+    parser.add_argument("--projections", default=",".join(PROJECTIONS), help="their linear layers")
     options = parser.parse_args()
     wanted = [int(index) for index in options.layers.split(",")]
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
     model.model.layers = model.model.layers[: max(wanted) + 1]  # what follows is not needed
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
-    layers = chosen_layers(model, wanted)
+    layers = chosen_layers(model, wanted, tuple(options.projections.split(",")))
     tune = hessians(model, layers, chunks(tokenizer, "tune", options.tokens))
     report = hessians(model, layers, chunks(tokenizer, "report", REPORT_TOKENS))
     for name, layer in track(layers.items(), description=options.name):

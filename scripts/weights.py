@@ -50,7 +50,9 @@ def main() -> None:
     reference = Reference.of_model(loaded.model, loaded.tokenizer, arguments.samples, arguments.num_tokens)
     texts = calibration_texts(loaded.tokenizer, arguments.calibration, CALIBRATION_LENGTH)
     for cell in missing:
-        record = cell | measured(cell, loaded, reference, texts) | circumstances("python scripts/weights.py")
+        place = arguments.keep and arguments.keep / "-".join(str(cell[name]) for name in IDENTITY[:4])
+        numbers = measured(cell, loaded, reference, texts, place)
+        record = cell | numbers | circumstances("python scripts/weights.py")
         append_line(RECORDS, record)
         Console().print(
             {name: record[name] for name in (*IDENTITY[:4], "bits_per_weight", "seconds", "kl_prose", "kl_code")}
@@ -65,6 +67,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--num-tokens", type=int, default=256, help="of a passage")
     parser.add_argument("--calibration", type=int, default=16, help=f"passages of {CALIBRATION_LENGTH} tokens")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--keep", type=Path, help="a folder for the quantized models, for `mikv eval`")
     parser.add_argument("--page", action="store_true")
     return parser.parse_args()
 
@@ -89,8 +92,8 @@ def identity(record: Record) -> tuple[Any, ...]:
     return tuple(record[name] for name in IDENTITY)
 
 
-def measured(cell: Record, loaded: LoadedModel, reference: Reference, texts: list[str]) -> Record:
-    """Quantize a copy of the model and compare it with the reference."""
+def measured(cell: Record, loaded: LoadedModel, reference: Reference, texts: list[str], place: Path | None) -> Record:
+    """Quantize a copy of the model, save it in `place`, if any, and compare it with the reference."""
     if cell["method"] == "exact":
         return {"bits_per_weight": 16.0, "seconds": 0.0, "output_error": 0.0} | reference.measure(loaded.model)
     start = time.perf_counter()
@@ -99,6 +102,9 @@ def measured(cell: Record, loaded: LoadedModel, reference: Reference, texts: lis
     calibration = texts if cell["calibration_tokens"] else None
     report = mikv.quantize(model, config, calibration=calibration, tokenizer=loaded.tokenizer)
     seconds = time.perf_counter() - start
+    if place is not None:
+        model.save_pretrained(place)
+        loaded.tokenizer.save_pretrained(place)
     errors = [layer.output_error for layer in report.layers]
     return {
         "bits_per_weight": report.bits_per_weight,

@@ -150,8 +150,8 @@ def test_overwrite_replaces_the_model(mikv, quantized, tiny_folder):
     ("options", "message"),
     [
         (("--bits", 9), "bits=9 must be a whole number from 1 to 8"),
-        (("--group-size", 48), "group_size=48 is not a multiple of 32"),
-        (("--group-size", "many"), "--group-size 'many' must be a multiple of 32, or row"),
+        (("--group-size", 48), "--group-size=48 is not a multiple of 32"),
+        (("--group-size", "many"), "--group-size 'many' is neither row nor a multiple of 32"),
         (("--method", "magic"), "method='magic' is not one of auto, "),
         (
             ("--method", "gptq", "--calibration", "none"),

@@ -17,7 +17,6 @@ from mikv.records import require_writable
 if TYPE_CHECKING:
     from mikv.integrations.quantizer import BCQConfig
 
-_WHOLE_ROWS = "row"
 
 
 def quantize(
@@ -87,17 +86,16 @@ def quantize(
 def _config(bits: int, group_size: str, method: str, embeddings: bool, nested: bool) -> "BCQConfig":
     """Raises ConfigError."""
     from mikv.integrations.quantizer import BCQConfig
+    from mikv.plan.weight_formats import parse_group_size
     from mikv.weights.nested import PRECISIONS
 
-    if group_size != _WHOLE_ROWS and not group_size.isdecimal():
-        raise ConfigError(f"--group-size {group_size!r} must be a multiple of 32, or {_WHOLE_ROWS}")
     if nested and bits != PRECISIONS[-1]:
         raise ConfigError(
             f"--nested weights are read with {PRECISIONS[0]} to {PRECISIONS[-1]} bits; use --bits {PRECISIONS[-1]}"
         )
     return BCQConfig(
         bits=bits,
-        group_size=None if group_size == _WHOLE_ROWS else int(group_size),
+        group_size=parse_group_size(group_size),
         method=method,
         quantize_embeddings=embeddings,
         nested_bits=PRECISIONS[:-1] if nested else (),
