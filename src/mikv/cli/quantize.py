@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from mikv.integrations.quantizer import BCQConfig
 
 
-
 def quantize(
     model: Annotated[
         str, typer.Argument(help="What to quantize: smollm2 (bundled), a folder, a .gguf file or a hub id.")
