@@ -38,7 +38,8 @@ GRID = (
 def main() -> None:
     arguments = parsed()
     if arguments.page:
-        write_page(read_lines(RECORDS), read_lines(RESULTS / "weight_errors.jsonl"), RESULTS)
+        errors, tasks = (read_lines(RESULTS / f"{name}.jsonl") for name in ("weight_errors", "weights_tasks"))
+        write_page(read_lines(RECORDS), errors, tasks, RESULTS)
         return
     torch.set_num_threads(arguments.threads)
     known = {identity(record) for record in read_lines(RECORDS)} if RECORDS.exists() else set()
@@ -65,7 +66,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--cells", default=",".join(GRID))
     parser.add_argument("--samples", type=int, default=4, help="held-out passages of each kind")
     parser.add_argument("--num-tokens", type=int, default=256, help="of a passage")
-    parser.add_argument("--calibration", type=int, default=16, help=f"passages of {CALIBRATION_LENGTH} tokens")
+    parser.add_argument("--calibration", type=int, default=32, help=f"passages of {CALIBRATION_LENGTH} tokens")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--keep", type=Path, help="a folder for the quantized models, for `mikv eval`")
     parser.add_argument("--page", action="store_true")

@@ -35,16 +35,20 @@ FP16_BITS = 16
 PAIRS = ((("refined", 128), ("gptq", 64)), (("refined", 256), ("gptq", 128)), (("refined", None), ("gptq", None)))
 
 
-def write_page(records: Sequence[Record], errors: Sequence[Record], folder: Path) -> None:
+def write_page(records: Sequence[Record], errors: Sequence[Record], tasks: Sequence[Record], folder: Path) -> None:
     models = list(dict.fromkeys(record["model"] for record in records))
     lines = [*introduction(records)]
     for model in models:
         own = [record for record in records if record["model"] == model]
         picture = f"weights-{model}.png"
         draw(own, folder / picture)
-        lines += ["", f"## {model}", "", f"![Compression against quality, {model}]({picture})", "", *table(own)]
+        lines += ["", f"## {model}", "", f"![Compression against quality, {model}]({picture})", ""]
+        tokens = max(record["calibration_tokens"] for record in own)
+        lines += [f"Calibrated on {tokens:,} tokens.", "", *table(own)]
     for model in dict.fromkeys(record["model"] for record in errors):
         lines += ["", f"## Layers of {model}", "", *layer_errors([r for r in errors if r["model"] == model])]
+    if tasks:
+        lines += ["", "## Tasks", "", *task_table(tasks)]
     (folder / "weights.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
@@ -83,6 +87,23 @@ def table(records: Sequence[Record]) -> list[str]:
             f"{(record['top1_prose'] + record['top1_code']) / 2:.1%}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def task_table(records: Sequence[Record]) -> list[str]:
+    """What quantized models answer, through the full and the packed cache."""
+    lines = [
+        f"`mikv eval`, {records[0]['samples']} samples of each task; score from 0 to 1 with its standard error; KL and "
+        "top-1: distance to the exact model with the full cache. The quantized models are `mikv quantize smollm2` with "
+        "3 and 4 bits, calibrated, embeddings exact.",
+        "",
+        "| task | model | cache | score | KL | top-1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in sorted(records, key=lambda record: (record["task"], record["model"])):
+        cells = [record[name] for name in ("task", "model", "cache")]
+        cells += [f"{record['score']:.2f} ± {record['score_stderr']:.2f}", f"{record['kl_mean']:.4f}"]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{record['top1_agreement']:.1%}"])) + " |")
     return lines
 
 
