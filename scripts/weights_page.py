@@ -93,15 +93,14 @@ def table(records: Sequence[Record]) -> list[str]:
 def task_table(records: Sequence[Record]) -> list[str]:
     """What quantized models answer, through the full and the packed cache."""
     lines = [
-        f"`mikv eval`, {records[0]['samples']} samples of each task; score from 0 to 1 with its standard error; KL and "
-        "top-1: distance to the exact model with the full cache. The quantized models are `mikv quantize smollm2` with "
-        "3 and 4 bits, calibrated, embeddings exact.",
+        "`mikv eval --reference`; score from 0 to 1 with its standard error; KL and top-1: distance to the exact model "
+        "with the full cache. The quantized models are `refined` ones of 3 and 4 bits in groups of 128.",
         "",
-        "| task | model | cache | score | KL | top-1 |",
-        "|---|---|---|---|---|---|",
+        "| task | model | cache | samples | score | KL | top-1 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for record in sorted(records, key=lambda record: (record["task"], record["model"])):
-        cells = [record[name] for name in ("task", "model", "cache")]
+        cells = [record[name] for name in ("task", "model", "cache", "samples")]
         cells += [f"{record['score']:.2f} ± {record['score_stderr']:.2f}", f"{record['kl_mean']:.4f}"]
         lines.append("| " + " | ".join(map(str, [*cells, f"{record['top1_agreement']:.1%}"])) + " |")
     return lines
