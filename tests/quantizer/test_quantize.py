@@ -130,6 +130,14 @@ def test_a_layer_that_no_token_reaches_is_named() -> None:
         in_one_pass({"lonely": nn.Linear(4, 4)}, lambda x: x, [torch.ones(1, 4)])
 
 
+@pytest.mark.parametrize("with_drift", [False, True])
+def test_a_layer_of_a_block_that_no_token_reaches_is_named(with_drift: bool) -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.lonely = nn.Linear(4, 4)
+    with pytest.raises(ConfigError, match=r"no calibration token reached model\.layers\.1\.mlp\.lonely"):
+        list(stages(model, [*names_of(model), "model.layers.1.mlp.lonely"], chunks(), with_drift=with_drift))
+
+
 def test_calibration_lowers_the_error_of_what_the_model_says(texts: list[str], tokenizer: Any) -> None:
     exact = logits(tiny_model())
     errors = []

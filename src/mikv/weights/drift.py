@@ -11,14 +11,13 @@ inside of GPTQ; here the solvers stay as they are.
 import torch
 from torch import Tensor
 
-from mikv.weights.hessian import damped
+from mikv.weights.calibrated import DAMPING
+from mikv.weights.hessian import damped, inverse_factor
 
 _SHARE = 0.25  # with 8,000 tokens .5 takes back what .25 gains, and 1 is worse than nothing: docs/LOG.md
-_DAMPING = 0.1
 
 
 def made_up(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
     """The matrix (M, K) to be quantized, from float32 W (M, K), H and D (K, K)."""
-    lower, _ = torch.linalg.cholesky_ex(damped(hessian, _DAMPING))
-    correction = torch.cholesky_solve(drift.T, lower).T  # D (H + damping)^-1
-    return torch.addmm(weight, weight, correction, alpha=_SHARE)
+    factor = inverse_factor(damped(hessian, DAMPING))  # (H + damping)^-1 is its transpose times itself
+    return torch.addmm(weight, weight @ drift @ factor.T, factor, alpha=_SHARE)

@@ -78,14 +78,12 @@ def stages(model: PreTrainedModel, names: list[str], chunks: list[Tensor], *, wi
     """
     chunks = [chunk.to(model.device) for chunk in chunks]
     blocks = find_blocks(model, chunks)
-    inside: set[str] = set()
+    rest = names
     if blocks is None:
         logger.warning("%s is calibrated as a whole: its blocks take more than hidden states", type(model).__name__)
     else:
-        for stage in _through_blocks(model, blocks, names, chunks, with_drift):
-            inside.update(stage.names)
-            yield stage
-    rest = [name for name in names if name not in inside]
+        rest = [name for name in names if not name.startswith(f"{blocks.prefix}.")]
+        yield from _through_blocks(model, blocks, names, chunks, with_drift)
     if rest:
         layers = {name: model.get_submodule(name) for name in rest}
         yield from in_one_pass(layers, lambda x: _run(model, x), chunks[:: _LAST_STAGE_SHARE if blocks else 1])
@@ -112,11 +110,7 @@ def in_one_pass(layers: Mapping[str, nn.Module], run: Callable[[Tensor], Any], i
         for x in inputs:
             for leader, rows in watch.seen(run, x)[1]:
                 moments.setdefault(leader, _Mean()).add(rows, rows)
-    if unseen := [name for name in layers if name not in watch.leaders]:
-        raise ConfigError(
-            f"no calibration token reached {unseen[0]}; calibrate with more text, or keep that layer as it is with "
-            "modules_to_not_convert"
-        )
+    watch.require_all_seen()
     return [Stage(watch.following(leader), mean.value) for leader, mean in moments.items()]
 
 
@@ -150,6 +144,14 @@ class _Watch:
     def following(self, leader: str) -> list[str]:
         """The layers with its input."""
         return [name for name in self.layers if self.leaders.get(name) == leader]
+
+    def require_all_seen(self) -> None:
+        """Raise ConfigError for a layer that no token reached."""
+        if unseen := [name for name in self.layers if name not in self.leaders]:
+            raise ConfigError(
+                f"no calibration token reached {unseen[0]}; calibrate with more text, or keep that layer as it is with "
+                "modules_to_not_convert"
+            )
 
     def _observe(self, name: str, x: Tensor) -> None:
         leader = next((other for y, other in self.present if y is x), name)
@@ -193,7 +195,9 @@ def _through_blocks(
             yield from _with_drift(layers, run, states, exact)
         elif layers:
             yield from in_one_pass(layers, run, states)
-        states = [run(state) for state in states]
+        if i + 1 < len(blocks.modules):
+            for j, state in enumerate(states):
+                states[j] = run(state)
 
 
 def _with_drift(
@@ -206,16 +210,22 @@ def _with_drift(
             exact[j], inputs = block.seen(run, state)
             for leader, rows in inputs:
                 before.setdefault(leader, []).append(rows)
+    block.require_all_seen()
     for leader in list(before):
-        hessian, drift = _Mean(), _Mean()
-        watch = _Watch({leader: layers[leader]}, until=leader)
-        with watch:
-            for state, y in zip(states, before.pop(leader), strict=True):
-                ((_, x),) = watch.seen(run, state)[1]
-                size = x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-                hessian.add(x / size, x / size)
-                drift.add((y - x) / size, x / size)
-        yield Stage(block.following(leader), hessian.value, drift.value)
+        names = block.following(leader)
+        yield Stage(names, *_moments(_Watch({leader: layers[leader]}, until=leader), run, states, before.pop(leader)))
+
+
+def _moments(watch: _Watch, run: "_Block", states: list[Tensor], exact_inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """H and drift of the one layer that is watched. A function of its own, so that no sums outlive it."""
+    hessian, drift = _Mean(), _Mean()
+    with watch:
+        for state, y in zip(states, exact_inputs, strict=True):
+            ((_, x),) = watch.seen(run, state)[1]
+            size = x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+            hessian.add(x / size, x / size)
+            drift.add((y - x) / size, x / size)
+    return hessian.value, drift.value
 
 
 @dataclass(frozen=True)

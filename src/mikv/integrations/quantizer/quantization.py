@@ -215,6 +215,7 @@ class _Work:
                     of_head = stage
                 else:
                     yield self._exchange(name, self.config, stage)
+            del stage  # the next one is computed before this is let go
         for name in self.embeddings:
             yield self._quantize_embedding(name, of_head)
 
