@@ -87,7 +87,7 @@ def test_settings_reach_the_configuration(mikv, tiny_folder, tmp_path, text_file
     result = mikv("quantize", tiny_folder, tmp_path / "q", *options, "--nested")
     assert result.exit_code == 0, result.output
     saved = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
-    assert (saved["bits"], saved["group_size"], saved["method"]) == (4, None, "offset")
+    assert (saved["bits"], saved["group_size"], saved["method"]) == (4, None, "refined")
     assert (saved["quantize_embeddings"], saved["nested_bits"]) == (True, [2, 3])
     options = (*options[:4], "--method", "gptq-bcq", *options[4:])
     assert mikv("quantize", tiny_folder, tmp_path / "r", *options).exit_code == 0

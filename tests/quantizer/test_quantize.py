@@ -221,6 +221,7 @@ def test_nested_weights_are_read_with_fewer_bits_also_after_loading(texts: list[
     exact, model = logits(tiny_model()), tiny_model()
     config = mikv.BCQConfig(bits=4, nested_bits=(2, 3), group_size=32, quantize_embeddings=True)
     report = mikv.quantize(model, config, texts, tokenizer=tokenizer)
+    assert report.method == "refined"
     assert report.layers[0].bits_per_weight == 4 + 16 * (2 + 3 + 4 + 3) / 32
     again = reload(model)
     errors = []

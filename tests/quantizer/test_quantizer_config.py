@@ -61,5 +61,6 @@ def test_a_format_that_is_no_version_is_refused(value: object) -> None:
 def test_auto_is_the_best_method_that_there_is_data_for() -> None:
     assert mikv.BCQConfig().resolved_method(calibrated=True) == "refined"
     assert mikv.BCQConfig().resolved_method(calibrated=False) == "offset"
+    assert mikv.BCQConfig(nested_bits=(2, 3)).resolved_method(calibrated=True) == "refined"
     with pytest.raises(ConfigError, match=r"'gptq' needs calibration.*mikv.quantize"):
         mikv.BCQConfig(method="gptq").resolved_method(calibrated=False)

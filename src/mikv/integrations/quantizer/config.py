@@ -21,6 +21,7 @@ IMPORT = "import"  # codes that a file has already
 _NESTED_BITS = PRECISIONS[:-1]
 _UNIFORM = ("rtn", "gptq", "refined-uniform", IMPORT)
 _WITHOUT_OFFSET = ("greedy", "alternating")
+_NESTED_METHODS = ("refined", "offset")  # with calibration and without
 _OF_A_MODULE = ("bits", "group_size", "uniform", "offset")
 
 
@@ -95,7 +96,7 @@ class BCQConfig(QuantizationConfigMixin):
                 f"nested_bits={nested!r} with bits={self.bits}: what can be nested is nested_bits={_NESTED_BITS} in "
                 f"bits={PRECISIONS[-1]}"
             )
-        if self.method not in (AUTO, "offset"):
+        if self.method not in (AUTO, *_NESTED_METHODS):
             raise ConfigError(f"method={self.method!r} cannot find nested weights; use 'auto' with nested_bits")
         if any("bits" in changes for changes in self.module_settings.values()):
             raise ConfigError("nested_bits cannot be combined with bits of single layers in module_settings")
@@ -109,7 +110,7 @@ class BCQConfig(QuantizationConfigMixin):
         """The method by name. Raises ConfigError if it needs calibration and there is none."""
         method = self.method
         if method == AUTO:
-            return "refined" if calibrated and not self.nested_bits else "offset"
+            return "refined" if calibrated else "offset"
         if method == IMPORT:
             return IMPORT
         if needs_hessian(method) and not calibrated:

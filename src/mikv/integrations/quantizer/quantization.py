@@ -120,7 +120,7 @@ def coded(
     start = time.perf_counter()
     settings = config.of_module(name)
     if config.nested_bits:
-        nested = nest(weight, settings.group_size, hessian)
+        nested = nest(weight, settings.group_size, hessian if needs_hessian(config.method) else None)
         codings = {bits: nested.at(bits) for bits in config.precisions}
         num_bytes = nested.num_bytes
     else:
@@ -206,8 +206,7 @@ class _Work:
         observed = [*names, self.head] if self.head else names
         all_stages: Iterator[Stage | None] = iter([None])
         if chunks is not None:
-            with_drift = bool(self.config.nested_bits) or follows_drift(self.config.method)
-            all_stages = stages(self.model, observed, chunks, with_drift=with_drift)
+            all_stages = stages(self.model, observed, chunks, with_drift=follows_drift(self.config.method))
         of_head = None
         for stage in all_stages:
             for name in observed if stage is None else stage.names:
