@@ -225,12 +225,12 @@ class MiKVCache(Cache):
         Raises CacheStateError if the model does not compute its attention with the function `mikv`.
         """
         layer = self.layers[layer_idx]
-        uses_mikv = self._model_config._attn_implementation == attention.NAME
-        if torch.compiler.is_compiling() and isinstance(layer, MiKVLayer) and uses_mikv and not self._offloads:
-            compiled.enter(layer.handle)
-            return key_states, value_states
-        if torch.compiler.is_compiling() and not isinstance(layer, MiKVLayer) and not self._offloads:
-            return layer.update(key_states, value_states, *args, **kwargs)
+        if torch.compiler.is_compiling() and not self._offloads:
+            if not isinstance(layer, MiKVLayer):
+                return layer.update(key_states, value_states, *args, **kwargs)
+            if self._model_config._attn_implementation == attention.NAME:
+                compiled.enter(layer.handle)
+                return key_states, value_states
         return self._update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @torch.compiler.disable
