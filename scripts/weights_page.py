@@ -11,6 +11,7 @@ from mikv.records import Record
 
 METHODS = {
     "refined": "refined: BCQ, calibrated layer after layer (default with calibration)",
+    "refined-uniform": "the same on uniform grids",
     "gptq-bcq": "BCQ with error compensation",
     "gptq": "GPTQ as published, uniform, clipped",
     "offset": "BCQ with offset, no data (default without calibration)",
@@ -20,6 +21,7 @@ METHODS = {
 }
 COLORS = {
     "refined": "#12a67c",
+    "refined-uniform": "#a3b818",
     "gptq-bcq": "#8fd3bd",
     "gptq": "#d9730d",
     "offset": "#5b8def",
