@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import mikv
 from mikv import BCQConfig, ConfigError
-from mikv.integrations.quantizer import budget
-from mikv.integrations.quantizer.budget import bits_for_budget, num_bytes, offers_of, within_budget
+from mikv.integrations.quantizer import budget, modules
+from mikv.integrations.quantizer.budget import bits_for_budget, num_bytes, offers_of, with_hessians, within_budget
 from mikv.integrations.quantizer.config import ModuleSettings
 from tiny import tiny_model
 
@@ -92,6 +92,24 @@ def test_a_tied_embedding_is_one_of_the_layers_if_it_is_quantized() -> None:
     names = set(bits_for_budget(model, BCQConfig(group_size=32), 4.5, chunks()))
     with_embedding = set(bits_for_budget(model, BCQConfig(group_size=32, quantize_embeddings=True), 4.5, chunks()))
     assert with_embedding - names == {"model.embed_tokens"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_layers_are_probed_with_what_the_method_knows_of_their_inputs(tied: bool) -> None:
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    config = BCQConfig(group_size=32, quantize_embeddings=True).resolved(calibrated=True)
+    modules.fix_skipped(model, config)
+    names = [*modules.linear_names(model, config), "model.embed_tokens"]
+    hessians = dict(with_hessians(model, names, config, chunks()))
+    assert sorted(hessians) == sorted(names)
+    for name, hessian in hessians.items():
+        if name == "model.embed_tokens" and not tied:
+            assert hessian is None
+        else:
+            assert hessian is not None
+            assert hessian.shape == (modules.sizes(model.get_submodule(name))[1],) * 2
+    config.method = "offset"
+    assert set(dict(with_hessians(model, names, config, chunks())).values()) == {None}
 
 
 def test_an_impossible_budget_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

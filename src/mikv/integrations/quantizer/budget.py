@@ -1,11 +1,12 @@
 """How many bits each layer gets when their average is given: those whose rounding moves predictions most get most.
 
 Sensitivity is measured: one layer at a time is rounded to 2 bits, and the KL divergence of the model's predictions from
-the exact ones is its cost. With other numbers of bits the cost is taken to change as the error of rounding normal
-numbers does. Which widths together cost least is found by mikv.weights.allocation.
+the exact ones is its cost. For calibrated methods it is rounded with calibration, which helps some layers much more
+than others. With other numbers of bits the cost is taken to change as the error of rounding normal numbers does. Which
+widths together cost least is found by mikv.weights.allocation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import ceil
 from typing import Any
 
@@ -17,13 +18,16 @@ from transformers.pytorch_utils import Conv1D
 
 from mikv.errors import ConfigError
 from mikv.integrations.quantizer import modules
+from mikv.integrations.quantizer.calibrate import stages
 from mikv.integrations.quantizer.config import BCQConfig, ModuleSettings
 from mikv.weights.allocation import Offer, allocate
-from mikv.weights.solve import solve
+from mikv.weights.solve import follows_drift, needs_hessian, solve
 from mikv.weights.weight import MOST_BITS, num_groups, require_group_size
 
-_PROBE_BITS, _PROBE_METHOD = 2, "greedy"  # the fastest one; what counts is how layers compare
+_PROBE_BITS = 2
+_DATA_FREE, _CALIBRATED = "greedy", "gptq-bcq"  # the fastest ones; what counts is how layers compare
 _PROBES, _PROBE_TOKENS = 2, 256  # every layer is one pass over them
+_CALIBRATION_SHARE = 4  # every fourth chunk
 # Mean squared error of normal numbers rounded to the best 2**bits levels (J. Max 1960, table I).
 _DISTORTION = {2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.000642}
 
@@ -50,8 +54,9 @@ def bits_for_budget(
 ) -> dict[str, int]:
     """Bits by layer, so that the quantized matrices take at most `budget_bits` per weight, scales included.
 
-    `chunks` are token ids (1, T), of which two pieces are used. Layers whose bits `config.module_settings` gives keep
-    them. The model is as before. Raises ConfigError for a budget that no numbers of bits meet.
+    `chunks` are token ids (1, T), of which two pieces are predicted and a quarter calibrated on. Layers whose bits
+    `config.module_settings` gives keep them. The model is as before. Raises ConfigError for a budget that no numbers of
+    bits meet, and for a layer that no token reaches.
     """
     config = config.resolved(calibrated=True)
     modules.fix_skipped(model, config)
@@ -70,8 +75,8 @@ def bits_for_budget(
     probes = [chunk[:, :_PROBE_TOKENS] for chunk in chunks[:: -(-len(chunks) // _PROBES)]]
     exact = [_log_probabilities(model, probe) for probe in probes]
     measured = [name for name in names if name not in fixed]
-    for done, name in enumerate(measured, start=1):
-        cost = _cost(model, name, settings[name], probes, exact)
+    for done, (name, hessian) in enumerate(with_hessians(model, measured, config, chunks), start=1):
+        cost = _cost(model, name, settings[name], hessian, probes, exact)
         offers[name] = offers_of(sizes[name], settings[name], cost)
         on_progress(name, done, len(measured))
     return within_budget(offers, num_weights, budget_bits)
@@ -125,13 +130,39 @@ def _require_enough(offers: Mapping[str, Offers], num_weights: int, budget_bits:
         )
 
 
+def with_hessians(
+    model: PreTrainedModel, names: list[str], config: BCQConfig, chunks: list[Tensor]
+) -> Iterator[tuple[str, Tensor | None]]:
+    """All layers, and what the method would know of their inputs; a tied embedding has the output head's."""
+    if not needs_hessian(config.method):
+        yield from ((name, None) for name in names)
+        return
+    observed = {name: name for name in names}
+    if config.quantize_embeddings:
+        head, embedding = modules.require_embeddings(model)
+        is_measured = observed.pop(embedding, None) is not None
+        if is_measured and modules.is_tied(model):
+            observed[head] = embedding
+        elif is_measured:  # it has no inputs to calibrate on
+            yield embedding, None
+    drift = follows_drift(config.method)
+    for stage in stages(model, list(observed), chunks[::_CALIBRATION_SHARE], with_drift=drift):
+        yield from ((observed[name], stage.hessian) for name in stage.names)
+
+
 def _cost(
-    model: PreTrainedModel, name: str, settings: ModuleSettings, chunks: list[Tensor], exact: list[Tensor]
+    model: PreTrainedModel,
+    name: str,
+    settings: ModuleSettings,
+    hessian: Tensor | None,
+    chunks: list[Tensor],
+    exact: list[Tensor],
 ) -> float:
     """KL divergence per token with the layer rounded to 2 bits."""
     module: Any = model.get_submodule(name)
     weight = module.weight.data  # of the parameter, which a tied output head shares
-    rounded = solve(modules.matrix(module), _PROBE_BITS, settings.group_size, _PROBE_METHOD).dequantize()
+    method = _DATA_FREE if hessian is None else _CALIBRATED
+    rounded = solve(modules.matrix(module), _PROBE_BITS, settings.group_size, method, hessian).dequantize()
     module.weight.data = (rounded.T if isinstance(module, Conv1D) else rounded).to(weight.dtype)
     try:
         found = [_log_probabilities(model, chunk) for chunk in chunks]
