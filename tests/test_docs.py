@@ -1,6 +1,5 @@
 """The code in README and the guides runs as it stands."""
 
-import json
 import re
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +9,8 @@ import pytest
 from transformers import pipeline
 
 import mikv
+from mikv.plan.constants import CPU, GPU
+from mikv.records import read_lines
 from tiny_chat import chat_model, chat_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def test_links_to_files_lead_somewhere(page: str) -> None:
 
 
 def test_readme_repeats_the_numbers_of_the_report() -> None:
-    records = [json.loads(line) for line in (ROOT / "docs/results/report.jsonl").read_text().splitlines()]
+    records = read_lines(ROOT / "docs/results/report.jsonl")
     texts = [record for record in records if record["task"].startswith("text") and record["skipped"] is None]
     costs = (ROOT / "README.md").read_text().partition("## What it costs")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| .*`(.+)`.* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", costs, re.M)
@@ -65,3 +66,24 @@ def test_readme_repeats_the_numbers_of_the_report() -> None:
             for model in ("smollm2", "qwen")
         ]
         assert numbers == [f"{ratio:.3f}", *(f"{value:.4f}" for value in kl)], cache
+
+
+def test_readme_repeats_what_was_measured_of_weights() -> None:
+    measured = set()
+    for record in read_lines(ROOT / "docs/results/weights.jsonl"):
+        numbers = f"{record['bits_per_weight']:.2f}", *(f"{record[kl]:.3f}" for kl in ("kl_prose", "kl_code"))
+        measured.add((record["model"].split("-")[0], f"{record['bits']} bits", record["method"], *numbers))
+    weights = (ROOT / "README.md").read_text().partition("## Weights, too")[2].partition("\n## ")[0]
+    pair = r" \| ([\d.]+) \| ([\d.]+) / ([\d.]+)"
+    rows = re.findall(rf"^\| ([\w.]+)-[^,]*, (\d bits)[^|]*{pair}{pair} \|$", weights, re.M)
+    assert len(rows) >= 5
+    for model, bits, *numbers in rows:
+        assert (model.lower(), bits, "refined", *numbers[:3]) in measured
+        assert (model.lower(), bits, "gptq", *numbers[3:]) in measured
+
+
+def test_the_page_of_the_planner_has_its_constants() -> None:
+    page = (ROOT / "docs/results/plan.md").read_text(encoding="utf-8")
+    for constants in (GPU, CPU):
+        for name, constant in constants.items():
+            assert f"| {name} | {constant.value:g} | {constant.unit} | {constant.source} |" in page

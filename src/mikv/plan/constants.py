@@ -93,14 +93,14 @@ GPU = Constants(
 )
 CPU = Constants(
     {
-        "dense32": Constant(1.0, "share", f"{_MATMUL}: torch fp32, 122 % of the stream probe"),
-        "dense16": Constant(0.71, "share", f"{_MATMUL}: torch bf16"),
-        "dense8": Constant(0.7, "share", "as dense16; assumed"),
-        "int4": Constant(0.69, "share", f"{_MATMUL}: torch int4pack with bf16"),
-        "int3": Constant(0.69, "share", "as int4; assumed"),
-        "lut": Constant(0.8, "share", f"{_MATMUL}: 75, 83 and 85 % with 2, 3 and 4 bits"),
+        "dense32": Constant(1.0, "share", f"{_MATMUL}: torch fp32, 109 % of the stream probe"),
+        "dense16": Constant(0.61, "share", f"{_MATMUL}: torch bf16"),
+        "dense8": Constant(0.6, "share", "as dense16; assumed"),
+        "int4": Constant(0.58, "share", f"{_MATMUL}: torch int4pack with bf16"),
+        "int3": Constant(0.58, "share", "as int4; assumed"),
+        "lut": Constant(0.84, "share", f"{_MATMUL}: 81, 84 and 87 % with 2, 3 and 4 bits"),
         "lut_layer_us": Constant(0, "us per layer", "tables are built in the shadow of reading memory; assumed"),
-        "lut_row": Constant(0.27, "of the first row", f"{_MATMUL}: 4 rows take 1.8 times as long as one"),
+        "lut_row": Constant(0.28, "of the first row", f"{_MATMUL}: 4 rows take 1.7 to 2.0 times as long as one"),
         "dequantized_passes": Constant(0, "passes", "tiles are dequantized into the processor's cache"),
         "layer_us": Constant(1330, "us per layer", f"{_BENCH}: full, 64 tokens, 17.1 tokens/s: transformers' overhead"),
         "packed_layer_us": Constant(380, "us per layer", f"{_BENCH}: mikv:balanced at 64 tokens, against full"),
@@ -111,7 +111,7 @@ CPU = Constants(
             3, "passes", "transformers' DynamicCache copies itself to grow: read, allocate, write"
         ),
         "matmul": Constant(0.8, "share", "of what the probe multiplies per second; assumed"),
-        "lut_matmul": Constant(2.2, "of peak", f"{_MATMUL}, 128 rows: bytes against torch fp32"),
+        "lut_matmul": Constant(2.3, "of peak", f"{_MATMUL}, 128 rows: bytes against torch fp32"),
         "memory": Constant(0.9, "share", "as on GPUs"),
         "reserved_gib": Constant(0.4, "GiB", "Python with PyTorch and transformers"),
         "prefill_tokens": Constant(1e9, "tokens", "transformers reads a prompt at once"),
