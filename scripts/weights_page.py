@@ -9,16 +9,6 @@ from typing import Any
 from mikv.bench.plots import STYLE
 from mikv.records import Record
 
-METHODS = {
-    "refined": "refined: BCQ, calibrated layer after layer (default with calibration)",
-    "refined-uniform": "the same on uniform grids",
-    "gptq-bcq": "BCQ with error compensation",
-    "gptq": "GPTQ as published, uniform, clipped",
-    "offset": "BCQ with offset, no data (default without calibration)",
-    "alternating": "BCQ as in the paper, alternating",
-    "greedy": "BCQ as in the paper, greedy",
-    "rtn": "uniform, clipped, no data",
-}
 COLORS = {
     "refined": "#12a67c",
     "refined-uniform": "#a3b818",
@@ -74,58 +64,65 @@ def introduction(records: Sequence[Record]) -> list[str]:
 def table(records: Sequence[Record]) -> list[str]:
     """Rows by bits per weight."""
     head = ["method", "q", "g", "bits/weight", "KL prose", "KL code", "perplexity prose", "code", "top-1"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
     for record in sorted(records, key=lambda record: record["bits_per_weight"]):
         group = "" if record["method"] == "exact" else record["group_size"] or "row"
-        cells = [
-            record["method"],
-            record["bits"] or "",
-            group,
-            f"{record['bits_per_weight']:.3f}",
-            f"{record['kl_prose']:.4f}",
-            f"{record['kl_code']:.4f}",
-            f"{record['perplexity_prose']:.2f}",
-            f"{record['perplexity_code']:.2f}",
-            f"{(record['top1_prose'] + record['top1_code']) / 2:.1%}",
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+        rows.append(
+            [
+                record["method"],
+                record["bits"] or "",
+                group,
+                f"{record['bits_per_weight']:.3f}",
+                f"{record['kl_prose']:.4f}",
+                f"{record['kl_code']:.4f}",
+                f"{record['perplexity_prose']:.2f}",
+                f"{record['perplexity_code']:.2f}",
+                f"{(record['top1_prose'] + record['top1_code']) / 2:.1%}",
+            ]
+        )
+    return markdown(head, rows)
 
 
 def task_table(records: Sequence[Record]) -> list[str]:
     """What quantized models answer, through the full and the packed cache."""
-    lines = [
-        "`mikv eval --reference`; score from 0 to 1 with its standard error; KL and top-1: distance to the exact model "
-        "with the full cache. The quantized models are `refined` ones of 3 and 4 bits in groups of 128.",
-        "",
-        "| task | model | cache | samples | score | KL | top-1 |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for record in sorted(records, key=lambda record: (record["task"], record["model"])):
         cells = [record[name] for name in ("task", "model", "cache", "samples")]
         cells += [f"{record['score']:.2f} ± {record['score_stderr']:.2f}", f"{record['kl_mean']:.4f}"]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{record['top1_agreement']:.1%}"])) + " |")
-    return lines
+        rows.append([*cells, f"{record['top1_agreement']:.1%}"])
+    return [
+        "`mikv eval --reference`; score from 0 to 1 with its standard error; KL and top-1: distance to the exact model "
+        "with the full cache. The quantized models are `refined` ones of 3 and 4 bits in groups of 128.",
+        "",
+        *markdown(["task", "model", "cache", "samples", "score", "KL", "top-1"], rows),
+    ]
 
 
 def layer_errors(records: Sequence[Record]) -> list[str]:
     """Output errors of methods beside each other at about the same bits per weight, geometric means over layers."""
     layers = list(dict.fromkeys(record["layer"] for record in records))
-    lines = [
-        "Mean squared error of a layer's output on held-out text, relative to the output's, geometric means over "
-        f"{', '.join(layers)}; calibrated on {records[0]['calibration_tokens']:,} tokens, "
-        "`python scripts/weight_errors.py`. A pair takes about the same bits per weight.",
-        "",
-        "| q | refined, g | bits/weight | error | gptq, g | bits/weight | error | less |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for bits in (2, 3, 4):
         for pair in PAIRS:
             (own, own_bits), (other, other_bits) = (mean_error(records, bits, *side) for side in pair)
             cells = [bits, pair[0][1] or "row", f"{own_bits:.2f}", f"{own:.5f}"]
-            cells += [pair[1][1] or "row", f"{other_bits:.2f}", f"{other:.5f}", f"{1 - own / other:.0%}"]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+            rows.append([*cells, pair[1][1] or "row", f"{other_bits:.2f}", f"{other:.5f}", f"{1 - own / other:.0%}"])
+    return [
+        "Mean squared error of a layer's output on held-out text, relative to the output's, geometric means over "
+        f"{', '.join(layers)}; calibrated on {records[0]['calibration_tokens']:,} tokens, "
+        "`python scripts/weight_errors.py`. A pair takes about the same bits per weight.",
+        "",
+        *markdown(["q", "refined, g", "bits/weight", "error", "gptq, g", "bits/weight", "error", "less"], rows),
+    ]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a table."""
+    return [line(head), "|---" * len(head) + "|", *map(line, rows)]
+
+
+def line(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def mean_error(records: Sequence[Record], bits: int, method: str, group_size: int | None) -> tuple[float, float]:

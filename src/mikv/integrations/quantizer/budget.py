@@ -140,11 +140,12 @@ def with_hessians(
     observed = {name: name for name in names}
     if config.quantize_embeddings:
         head, embedding = modules.require_embeddings(model)
-        is_measured = observed.pop(embedding, None) is not None
-        if is_measured and modules.is_tied(model):
-            observed[head] = embedding
-        elif is_measured:  # it has no inputs to calibrate on
-            yield embedding, None
+        if embedding in observed:  # else its bits are given
+            del observed[embedding]
+            if modules.is_tied(model):
+                observed[head] = embedding
+            else:  # it has no inputs to calibrate on
+                yield embedding, None
     drift = follows_drift(config.method)
     for stage in stages(model, list(observed), chunks[::_CALIBRATION_SHARE], with_drift=drift):
         yield from ((observed[name], stage.hessian) for name in stage.names)
