@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mikv.atomic_file import PUBLIC, write_file
+from mikv.atomic_file import PUBLIC, require_file, write_file
 from mikv.errors import CheckpointError
 
 OLD, NEW = "old", "new" * 1000
@@ -110,6 +110,32 @@ def test_only_regular_files_are_replaced(kind: str, overwrite: bool, tmp_path: P
     with pytest.raises(CheckpointError, match=message):
         write_file(path, no_call, overwrite=overwrite)
     assert (path.lstat().st_mode, names(tmp_path)) == before
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
+    make, _ = IRREGULAR[kind]
+    make(tmp_path / "target")
+    with pytest.raises(CheckpointError, match="target is a .*, not a regular file|does not exist|cannot read"):
+        require_file(tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "missing does not exist"),
+        ("file/name", "name does not exist"),
+        ("n" * 256, "cannot read .*File name too long"),
+        ("a\0b", "cannot be the name of a file"),
+    ],
+)
+def test_what_cannot_be_read_is_named(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(OLD)
+    (tmp_path / "link").symlink_to("file")
+    require_file(tmp_path / "file")
+    require_file(tmp_path / "link")
+    with pytest.raises(CheckpointError, match=message):
+        require_file(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One file, written whole or not at all, and never over what is not meant. Knows nothing about what is in the file.
+"""One file, written whole or not at all, and never over what is not meant. Knows nothing about what is in it.
 
 The bytes are collected in a private folder beside the target and brought to the disk before the file gets its name: a
 crash, a full disk or another process leave the old file or the new one, nothing between.
@@ -59,32 +59,50 @@ def write_file(
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {_way_out(error)}") from error
 
 
+def require_file(path: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError unless `path` is a regular file, or a link to one: reading others may never end."""
+    path = Path(path)
+    _require_name(path)
+    try:
+        found = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    _require_regular(found, path)
+
+
 def _target(path: Path, overwrite: bool) -> Path:
     """Where the file will be, links followed. Raises CheckpointError if nothing may be written there."""
-    if not _is_encodable(path):
-        raise CheckpointError(f"{str(path)!r} cannot be the name of a file; choose another one")
+    _require_name(path)
     if path.is_symlink() and not path.exists():
         raise CheckpointError(f"{path} is a symbolic link that leads nowhere; remove it or choose another name")
-    path = Path(os.path.realpath(path))
+    given, path = path, Path(os.path.realpath(path))
     try:
         found = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         if not path.parent.is_dir():
-            raise CheckpointError(f"the folder {path.parent} does not exist; create it or choose another one") from None
+            raise CheckpointError(f"the folder {given.parent} does not exist") from None
         return path
-    if not stat.S_ISREG(found):
-        kind = next((name for is_kind, name in _KINDS if is_kind(found)), "something else")
-        raise CheckpointError(f"{path} is {kind}, not a regular file; choose another name")
+    _require_regular(found, path)
     if not overwrite:
         raise _exists(path)
     return path
 
 
-def _is_encodable(path: Path) -> bool:
+def _require_name(path: Path) -> None:
     try:
-        return b"\0" not in os.fsencode(path)
+        impossible = b"\0" in os.fsencode(path)
     except UnicodeEncodeError:
-        return False
+        impossible = True
+    if impossible:
+        raise CheckpointError(f"{str(path)!r} cannot be the name of a file; choose another one")
+
+
+def _require_regular(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+        raise CheckpointError(f"{path} is {kind}, not a regular file; choose another name")
 
 
 def _exists(path: str | os.PathLike[str]) -> CheckpointError:
