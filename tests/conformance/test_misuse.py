@@ -1,24 +1,16 @@
 """Models, masks and attention that would make a cache give garbage are refused with a message, at the first step."""
 
 import copy
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 import mikv
 from conformance.subjects import BALANCED, EXACT, packed_config
 from conformance.trial import Prompt, Subject
-from mikv import CacheStateError, MiKVCache, MiKVConfig, UnsupportedModelError
+from mikv import CacheStateError, MiKVCache, UnsupportedModelError
 from mikv.cache.geometry import CacheGeometry
-from mikv.errors import CheckpointError
 from tiny import FAMILIES, LATENT, tiny_model
 
 PROMPT = Prompt.random(75)
@@ -136,49 +128,3 @@ def test_states_of_linear_attention_count() -> None:
     linear = cache.layers[0]
     states = [state for kind in (linear.conv_states, linear.recurrent_states) for state in kind.values()]
     assert cache.memory().layers[0].bytes == sum(state.nbytes for state in states) > 0
-
-
-def rewrite_header(saved: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a saved cache with another header."""
-    with safe_open(saved, "pt") as file:
-        header = json.loads(file.metadata()["mikv"])
-    assert header["version"] == 3
-    change(header)
-    save_file(load_file(saved), saved.with_name("other.safetensors"), metadata={"mikv": json.dumps(header)})
-    return saved.with_name("other.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("version", "message"),
-    [
-        (
-            1,
-            "has format version 1, whose layout of the tiers this mikv no longer reads; fill a cache again and save it",
-        ),
-        (4, "has format version 4, this mikv reads up to 3; update mikv"),
-    ],
-)
-def test_a_cache_saved_in_another_version_is_refused(version: int, message: str, tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    cache = BALANCED.make(model)
-    model(PROMPT.ids, past_key_values=cache)
-    cache.save(tmp_path / "cache.safetensors")
-    other = rewrite_header(tmp_path / "cache.safetensors", lambda header: header.update(version=version))
-    with pytest.raises(CheckpointError, match=message):
-        MiKVCache.load(other, model.config)
-
-
-def test_a_cache_saved_before_keys_were_rounded_with_feedback_is_read(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    cache = MiKVCache(model.config, MiKVConfig(key_rounding="nearest"))
-    model(PROMPT.ids, past_key_values=cache)
-    cache.save(tmp_path / "cache.safetensors")
-
-    def as_version_2(header: dict[str, Any]) -> None:
-        header["version"] = 2
-        del header["config"]["key_rounding"]
-
-    loaded = MiKVCache.load(rewrite_header(tmp_path / "cache.safetensors", as_version_2), model.config)
-    assert loaded.config == cache.config
-    step = PROMPT.ids[:, :1]
-    assert torch.equal(model(step, past_key_values=loaded).logits, model(step, past_key_values=cache).logits)

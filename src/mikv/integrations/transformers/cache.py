@@ -288,14 +288,17 @@ class MiKVCache(Cache):
         return LayerMemory.of_other(layer_idx, reason, layer)
 
     def save(self, path: Any, *, overwrite: bool = False) -> None:
-        """Write everything to one safetensors file. Raises CheckpointError if it exists and `overwrite` is False."""
+        """Write everything to one safetensors file, whole or not at all.
+
+        Raises CheckpointError if it exists and `overwrite` is False, or cannot be written.
+        """
         from mikv.integrations.transformers.checkpoint import save_cache
 
         save_cache(self, path, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: Any, model_config: PreTrainedConfig) -> "MiKVCache":
-        """Read what `save` wrote, for the same model. Raises CheckpointError if the file is not such a cache."""
+        """Read what `save` wrote, for the same model. Raises CheckpointError if it is damaged or of another model."""
         from mikv.integrations.transformers.checkpoint import load_cache
 
         return load_cache(path, model_config)
