@@ -116,7 +116,7 @@ def test_only_regular_files_are_replaced(kind: str, overwrite: bool, tmp_path: P
 def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
     make, _ = IRREGULAR[kind]
     make(tmp_path / "target")
-    with pytest.raises(CheckpointError, match="target is a .*, not a regular file|does not exist|cannot read"):
+    with pytest.raises(CheckpointError, match=r"target is a .*, not a regular file|does not exist|cannot read"):
         require_file(tmp_path / "target")
 
 
