@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mikv.cache.config import MiKVConfig
 from mikv.errors import CacheStateError, CheckpointError, ConfigError
-from mikv.integrations.transformers.cache import MiKVCache, MiKVLayer
+from mikv.integrations.transformers.cache import MiKVCache
+from mikv.integrations.transformers.layer import MiKVLayer
 
 FORMAT_VERSION = 3  # 1 had no blocks of 32 tokens in the high tier and another order of bytes, 2 had no key_rounding
 _OLDEST_VERSION = 2
