@@ -12,7 +12,6 @@ import logging
 import random
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from transformers import PreTrainedModel
 
 from mikv import MiKVCache, MiKVConfig
 from mikv.errors import CheckpointError, NumericsError
-from mikv.integrations.transformers.cache import MiKVLayer
+from mikv.integrations.transformers.layer import MiKVLayer
+from mikv.integrations.transformers.versions import as_argument
 from tiny import FIRST_WORD, VOCAB_SIZE, tiny_model
 
 ROWS_OF_PADDING = (0, 9, 40)
@@ -96,7 +96,7 @@ def state_of(name: str) -> State:
     for row, columns in enumerate(padding):
         mask[row, :columns] = 0
     with torch.no_grad():
-        model(_tokens(len(padding), num_tokens), attention_mask=mask, past_key_values=cache)
+        model(_tokens(len(padding), num_tokens), attention_mask=mask, **as_argument(cache))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cache")
         cache.save(path)
@@ -116,7 +116,7 @@ def go_on(model: PreTrainedModel, cache: MiKVCache) -> Tensor:
         tokens = _tokens(mask.shape[0], num_tokens)
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
         with torch.no_grad():
-            said.append(model(tokens, attention_mask=mask, past_key_values=cache).logits)
+            said.append(model(tokens, attention_mask=mask, **as_argument(cache)).logits)
     return torch.cat(said, dim=1)
 
 
@@ -377,7 +377,6 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2000)
     arguments = parser.parse_args()
     logging.getLogger("mikv").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)  # transformers' about the names of its arguments
     found, wrong = faults(list(STATES), arguments.count, arguments.seed)
     print(f"{arguments.count} saved caches changed, seed {arguments.seed}: {dict(found)}")
     print("\n".join(wrong))

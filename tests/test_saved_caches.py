@@ -26,7 +26,8 @@ from fuzz_saved_caches import STATES, Mutant, State, checksum, faults, go_on, ou
 from mikv import CacheStateError, MiKVCache, MiKVConfig
 from mikv.errors import CheckpointError
 from mikv.integrations.transformers import checkpoint
-from mikv.integrations.transformers.cache import MiKVLayer
+from mikv.integrations.transformers.layer import MiKVLayer
+from mikv.integrations.transformers.versions import as_argument
 from tiny import tiny_model
 
 
@@ -266,7 +267,7 @@ def test_layers_that_read_the_keys_of_others_are_saved_as_nothing(tmp_path: Path
     model = tiny_model("gemma3n")
     cache = MiKVCache(model.config, MiKVConfig())
     tokens = torch.arange(3, 90)[None]
-    model(tokens, past_key_values=cache)
+    model(tokens, **as_argument(cache))
     cache.save(tmp_path / "cache")
     loaded = MiKVCache.load(tmp_path / "cache", model.config)
     assert torch.equal(go_on(model, loaded), go_on(model, cache))
@@ -277,15 +278,12 @@ def test_a_window_that_records_the_past_is_saved_as_a_window(tmp_path: Path) -> 
     cache = cache_of(state, tmp_path)
     cache.activate_past_recording()
     tokens = torch.arange(3, 12)[None]
-    state.model(tokens, past_key_values=cache)
+    state.model(tokens, **as_argument(cache))
     assert cache.layers[0].keys.shape[2] > state.model.config.sliding_window
     cache.save(tmp_path / "cache")
     loaded = MiKVCache.load(tmp_path / "cache", state.model.config)
-    cache.crop(0)
     step = tokens[:, :1]
-    assert torch.equal(
-        state.model(step, past_key_values=loaded).logits, state.model(step, past_key_values=cache).logits
-    )
+    assert torch.equal(state.model(step, **as_argument(loaded)).logits, state.model(step, **as_argument(cache)).logits)
 
 
 def full_disk(tensors: Any, path: Path, metadata: Any) -> None:

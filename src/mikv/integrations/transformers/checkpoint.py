@@ -31,7 +31,8 @@ from mikv.cache.saved import (
     whole_number,
 )
 from mikv.errors import CacheStateError, CheckpointError, UnsupportedModelError
-from mikv.integrations.transformers.cache import MiKVCache, MiKVLayer
+from mikv.integrations.transformers.cache import MiKVCache
+from mikv.integrations.transformers.layer import MiKVLayer
 
 FORMAT_VERSION = 4  # 3 and those before had no checksums
 _KEY, _CHECKSUM = "mikv", "mikv_sha256"
