@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from refused_calls import CALLS
 
 from mikv.errors import ConfigError
 from mikv.lab.tasks.execution import passes_tests, require_sandbox
@@ -47,7 +48,7 @@ FORGERIES = {
     "ends with the judge's status": "import os\ndef total(numbers): os._exit(80)",
     "leaves by SystemExit": "def total(numbers): raise SystemExit(80)",
     "leaves by KeyboardInterrupt": "def total(numbers): raise KeyboardInterrupt",
-    "raises the judge's own exception": "class _UnfitError(BaseException): pass\ndef total(numbers): raise _UnfitError",
+    "raises the judge's own exception": "class UnsendableError(Exception): pass\ndef total(n): raise UnsendableError",
     "raises in the place of an answer": "def total(numbers): raise AssertionError('passed')",
     "defines its own check": "def check(candidate): pass\ndef total(numbers): pass",
     "is no function": "total = 3",
@@ -220,130 +221,6 @@ def test_the_tests_are_nowhere_in_the_program_s_process():
     assert not passes(program + "    'assert candidate'", tests=tests)  # it would have been found
 
 
-# system calls by their numbers on x86-64, with arguments that harm nobody should they be let through
-CALLS = {
-    "name an owner for signals of a pipe": (72, "pipe", 8, "parent"),
-    "... by F_SETOWN_EX": (72, "pipe", 15, 0),
-    "... with a command whose upper half is set": (72, "pipe", 1 << 32 | 8, "parent"),
-    "choose the signal": (72, "pipe", 10, 0),
-    "signals when the pipe is ready (O_ASYNC)": (72, "pipe", 4, 0o20000),
-    "make the pipe non-blocking": (72, "pipe", 4, 0o4000),
-    "enlarge the pipe": (72, "pipe", 1031, 65536),
-    "lock a file": (72, 0, 6, 0),
-    "a lease on a file": (72, 0, 1024, 0),
-    "be told of changes in a folder": (72, 0, 1026, 0),
-    "seal a file": (72, 0, 1033, 0),
-    "make a file immutable (FS_IOC_SETFLAGS)": (16, 0, 0x40086602, "buffer"),
-    "... with extended attributes (FS_IOC_FSSETXATTR)": (16, 0, 0x401C5820, "buffer"),
-    "type into a terminal (TIOCSTI)": (16, 0, 0x5412, "buffer"),
-    "paste into a console (TIOCLINUX)": (16, 0, 0x541C, "buffer"),
-    "take a controlling terminal": (16, 0, 0x540E, 0),
-    "FIOASYNC": (16, "pipe", 0x5452, "buffer"),
-    "FIOSETOWN": (16, "pipe", 0x8901, "buffer"),
-    "SIOCSPGRP": (16, "pipe", 0x8902, "buffer"),
-    "FIONBIO": (16, "pipe", 0x5421, "buffer"),
-    "clone a file's blocks": (16, 0, 0x40049409, 0),
-    "merge pages with other processes'": (28, "page", 4096, 12),
-    "rename the process": (157, 15, "buffer"),
-    "become undumpable": (157, 4, 0),
-    "keep capabilities": (157, 8, 0),
-    "another filter": (157, 22, 2, 0),
-    "seccomp": (317, 0, 0, 0),
-    "clone": (56, 17, 0, 0, 0, 0),
-    "fork": (57,),
-    "vfork": (58,),
-    "clone3": (435, "buffer", 64),
-    "execve": (59, 0, 0, 0),
-    "execveat": (322, -1, 0, 0, 0, 0),
-    "wait for others": (61, -1, 0, 1, 0),
-    "trace a process": (101, 0xFFFF, "parent", 0, 0),
-    "read a process": (310, "parent", 0, 0, 0, 0, 0),
-    "write a process": (311, "parent", 0, 0, 0, 0, 0),
-    "compare with a process": (312, "parent", "parent", 0, 0, 0),
-    "is the parent alive (signal 0)": (62, "parent", 0),
-    "tkill": (200, "parent", 0),
-    "tgkill": (234, "parent", "parent", 0),
-    "rt_sigqueueinfo": (129, "parent", 0, "buffer"),
-    "rt_tgsigqueueinfo": (297, "parent", "parent", 0, "buffer"),
-    "pidfd_open": (434, "parent", 0),
-    "pidfd_send_signal": (424, -1, 0, 0, 0),
-    "pidfd_getfd": (438, -1, 0, 0),
-    "the parent's limits": (302, "parent", 7, 0, "buffer"),
-    "raise its own limits": (302, 0, 7, "buffer", 0),
-    "setrlimit": (160, 7, "buffer"),
-    "io_uring_setup": (425, 1, "buffer"),
-    "io_uring_enter": (426, -1, 0, 0, 0, 0, 0),
-    "io_uring_register": (427, -1, 0, 0, 0),
-    "bpf": (321, 0, "buffer", 0),
-    "keyctl": (250, 0, -3, 0),
-    "add_key": (248, 0, 0, 0, 0, 0),
-    "request_key": (249, 0, 0, 0, 0),
-    "userfaultfd": (323, 0),
-    "memfd_create": (319, "buffer", 0),
-    "memfd_secret": (447, 0),
-    "socket": (41, 2, 1, 0),
-    "a Unix socket": (41, 1, 1, 0),
-    "a netlink socket": (41, 16, 3, 0),
-    "a vsock socket": (41, 40, 1, 0),
-    "socketpair": (53, 1, 1, 0, "buffer"),
-    "connect": (42, "pipe", 0, 0),
-    "sendmsg": (46, "pipe", 0, 0),
-    "a new pipe": (22, "buffer"),
-    "shared memory": (29, 0, 4096, 0o1600),
-    "messages": (68, 0, 0o1600),
-    "semaphores": (64, 0, 1, 0o1600),
-    "POSIX messages": (240, 0, 0, 0, 0),
-    "inotify": (294, 0),
-    "fanotify": (300, 0, 0),
-    "signalfd": (289, -1, 0, 0, 0),
-    "timers": (222, 0, 0, 0),
-    "setitimer": (38, 0, 0, 0),
-    "perf_event_open": (298, 0, 0, -1, -1, 0),
-    "unshare": (272, 0),
-    "setns": (308, -1, 0),
-    "mount": (165, 0, 0, 0, 0, 0),
-    "chroot": (161, 0),
-    "personality": (135, 0xFFFFFFFF),
-    "setuid": (105, 0),
-    "capset": (126, 0, 0),
-    "priority": (141, 0, 0, 0),
-    "processors of the parent": (203, "parent", 0, 0),
-    "scheduler of the parent": (144, "parent", 0, 0),
-    "disk priority": (251, 1, 0, 0),
-    "its group": (109, 0, 0),
-    "its session": (112,),
-    "lock memory": (149, "page", 4096),
-    "memory that can be executed": (9, 0, 4096, 7, 0x22, -1, 0),
-    "make memory executable": (10, "page", 4096, 5),
-    "... by keys": (329, "page", 4096, 5, -1),
-    "open (the old call)": (2, "root", 0, 0),
-    "creat": (85, "buffer", 0),
-    "openat, to read": (257, -100, "root", 0, 0),
-    "openat, to write without a name": (257, -100, "root", 0o20200002, 0o600),
-    "openat2": (437, -100, "root", "buffer", 24),
-    "open by handle": (304, -1, 0, 0),
-    "stat": (4, "root", "buffer"),
-    "statx": (332, -100, "root", 0, 0, "buffer"),
-    "access": (21, "root", 0),
-    "getcwd": (79, "buffer", 100),
-    "chdir": (80, "root"),
-    "umask": (95, 0o22),
-    "ftruncate": (77, 0, 0),
-    "fchmod": (91, 0, 0o600),
-    "fallocate": (285, 0, 0, 0, 0),
-    "splice": (275, "pipe", 0, "pipe", 0, 0, 0),
-    "vmsplice": (278, "pipe", 0, 0, 0),
-    "copy_file_range": (326, "pipe", 0, "pipe", 0, 0, 0),
-    "set extended attributes": (190, -1, 0, 0, 0, 0),
-    "set the clock": (227, 99, 0),
-    "segments": (154, 99, 0, 0),
-    "ports": (173, 0, 0, 0),
-    "the kernel's log": (103, 9, 0, 0),
-    "system calls of the x32 table": (0x40000000 | 57,),
-    "a system call that does not exist": (10_000,),
-}
-
-
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers are those of x86-64")
 def test_every_call_that_is_not_computing_is_refused():
     program = f"""
@@ -464,6 +341,11 @@ def check(candidate):
     raise AssertionError
 """
     assert passes(program, tests=tests)
+
+
+def test_an_answer_that_is_asked_about_again_cannot_stop_the_evaluation():
+    program = "def total(x): return 'x' * ((1 << 20) - 40)"
+    assert not passes(program, tests="def check(candidate): assert candidate(candidate(1) + '.' * 99)")
 
 
 def test_tests_that_pass_more_than_data_are_refused():

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from mikv.lab.tasks.sandbox import candidate
 from mikv.lab.tasks.sandbox.confine import forbid_files, forbid_the_machine, limit
-from mikv.lab.tasks.sandbox.messages import receive, send
+from mikv.lab.tasks.sandbox.messages import UnsendableError, receive, send
 
 # exit statuses, none of which an interpreter ends with by itself
 PASSED, FAILED, UNFIT = 80, 81, 82
@@ -38,25 +38,18 @@ def _judge(requests: int, answers: int, case: dict[str, str]) -> int:
             namespace[case["entry_point"]] = asked
             exec(compile(case["tests"], "tests", "exec"), namespace)
             namespace["check"](asked)
-    except _UnfitError:
+    except UnsendableError:
         return UNFIT
     except BaseException:
         return FAILED
     return PASSED
 
 
-class _UnfitError(BaseException):
-    """The tests pass an argument that is no plain data, or too long."""
-
-
 def _remote(requests: int, answers: int, name: str) -> Callable[..., Any]:
     """The candidate's function of that name."""
 
     def call(*arguments: Any, **named: Any) -> Any:
-        try:
-            send(requests, (name, arguments, named))
-        except (TypeError, ValueError) as error:
-            raise _UnfitError from error
+        send(requests, (name, arguments, named))
         return _value(receive(answers))
 
     return call

@@ -16,8 +16,12 @@ _SEQUENCES: dict[str, type[Iterable[Any]]] = {"list": list, "tuple": tuple, "set
 _MAKE: dict[str, Callable[[Iterable[Any]], Any]] = {**_SEQUENCES, "iterator": iter}
 
 
+class UnsendableError(Exception):
+    """A value that is no plain data."""
+
+
 def send(descriptor: int, message: object) -> None:
-    """Write one message. Raises TypeError for a value of another type, ValueError if it is too long."""
+    """Write one message. Raises UnsendableError for a value of another type, ValueError if it is too long."""
     body = json.dumps(encode(message)).encode()
     if len(body) > MESSAGE_BYTES:
         raise ValueError(f"a message of {len(body)} bytes is longer than {MESSAGE_BYTES}")
@@ -59,7 +63,7 @@ def encode(value: object) -> object:
     for name, type_ in _SEQUENCES.items():
         if isinstance(value, type_):
             return [name, [encode(one) for one in value]]
-    raise TypeError(f"a value of type {type(value).__name__} cannot be sent to another process")
+    raise UnsendableError(f"a value of type {type(value).__name__} cannot be sent to another process")
 
 
 def decode(message: object) -> Any:
