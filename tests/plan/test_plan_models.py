@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mikv.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
 from mikv.integrations.quantizer.config import BCQConfig
-from mikv.plan.hub_config import REQUIRED, shape_of_config
+from mikv.plan.hub_config import shape_of_config
+from mikv.plan.hub_fields import REQUIRED
 from mikv.plan.models import NAMED, model_shape
 from mikv.plan.quantized import quantized_format
 
@@ -27,6 +28,8 @@ CONFIGS = {
     "mistral": GATED | {"sliding_window": 32},
     "qwen2": GATED,
     "qwen3": GATED | {"head_dim": 32},
+    "mixtral": GATED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": GATED | {"head_dim": 32, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2},
     "opt": COMMON | {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "gpt_neox": COMMON | {"intermediate_size": 96},
 }

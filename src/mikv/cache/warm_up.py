@@ -91,7 +91,8 @@ class WarmUp:
 
     def bytes_by_part(self) -> dict[str, int]:
         """All bytes allocated."""
-        return {"warm_up": self.tokens.nbytes, "scores": sum(x.nbytes for x in self._statistics().values())}
+        statistics = sum(x.nbytes for x in self._statistics().values()) - self.attention.nbytes
+        return {"warm_up": self.tokens.nbytes, "scores": self.attention.nbytes, "statistics": statistics}
 
     def tokens_by_tier(self, num_tokens: int) -> dict[str, int]:
         """Where the `num_tokens` tokens of all rows are."""

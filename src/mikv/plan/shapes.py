@@ -3,19 +3,22 @@
 M output rows and K inputs of a matrix, as everywhere.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mikv.cache.geometry import CacheGeometry, LayerGeometry
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder.
+    """A decoder, dense or with a mixture of experts in every layer.
 
-    small_parameters  all that is in no matrix: norms, biases, learned positions
+    intermediate_size  of the MLP, or of one expert
+    small_parameters  all that is in no matrix: norms, biases, learned positions, and the routers of experts
     layers            what each layer caches
     dtype             of the checkpoint
     quantization      what its configuration says about quantized weights, or None
+    num_experts       of each layer, 0 if it is dense; a token takes `experts_per_token` of them
+    left_out          parts of the model that are not counted: vision, audio
     """
 
     name: str
@@ -32,6 +35,9 @@ class ModelShape:
     context_length: int | None = None
     dtype: str = "float16"
     quantization: dict[str, object] | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    left_out: str = ""
 
     @property
     def num_layers(self) -> int:
@@ -40,16 +46,39 @@ class ModelShape:
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
-        """(M, K) of the matrices of one layer: queries, keys, values, output, then the MLP's."""
+        """(M, K) of the matrices of one layer: queries, keys, values, output, then the MLP's, or every expert's."""
+        return (*self.attention_matrices, *self.mlp_matrices * max(1, self.num_experts))
+
+    @property
+    def attention_matrices(self) -> tuple[tuple[int, int], ...]:
+        """(M, K) of queries, keys, values and output."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return ((queries, self.hidden_size), *((keys, self.hidden_size),) * 2, (self.hidden_size, queries))
+
+    @property
+    def mlp_matrices(self) -> tuple[tuple[int, int], ...]:
+        """(M, K) of the MLP, or of one expert."""
         inward = ((self.intermediate_size, self.hidden_size),) * (2 if self.is_gated else 1)
-        attention = ((queries, self.hidden_size), *((keys, self.hidden_size),) * 2, (self.hidden_size, queries))
-        return (*attention, *inward, (self.hidden_size, self.intermediate_size))
+        return (*inward, (self.hidden_size, self.intermediate_size))
 
     @property
     def matrix_parameters(self) -> int:
         """Weights in the matrices of all layers."""
-        return self.num_layers * sum(rows * columns for rows, columns in self.matrices)
+        return self.num_layers * _numbers(self.matrices)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of them that one token is multiplied with."""
+        experts = self.experts_per_token if self.num_experts else 1
+        return self.num_layers * (_numbers(self.attention_matrices) + experts * _numbers(self.mlp_matrices))
+
+    def share_read(self, rows: float) -> float:
+        """The share of the matrices' weights that `rows` tokens read, if each takes any experts with equal chance."""
+        if not self.num_experts:
+            return 1.0
+        read = 1 - (1 - self.experts_per_token / self.num_experts) ** rows
+        idle = (1 - read) * self.num_experts * _numbers(self.mlp_matrices)
+        return 1 - idle / _numbers(self.matrices)
 
     @property
     def head_parameters(self) -> int:
@@ -64,4 +93,9 @@ class ModelShape:
 
     def geometry(self, num_devices: int, dtype_bytes: int) -> CacheGeometry:
         """The cache of one of `num_devices`; where there are fewer KV heads than devices, they are replicated."""
-        return CacheGeometry(self.layers, -(-self.num_kv_heads // num_devices), self.head_dim, dtype_bytes)
+        layers = (replace(layer, num_kv_heads=-(-layer.num_kv_heads // num_devices)) for layer in self.layers)
+        return CacheGeometry(tuple(layers), dtype_bytes)
+
+
+def _numbers(matrices: tuple[tuple[int, int], ...]) -> int:
+    return sum(rows * columns for rows, columns in matrices)

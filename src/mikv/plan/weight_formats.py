@@ -19,6 +19,7 @@ class WeightFormat:
     bits        per weight, without scales unless `numbers` is 0
     numbers     16-bit numbers per group: scales and offset
     group_size  columns that share them, None for whole rows
+    head_bits   per weight of the embedding and the output head, where a file says how it stores them
     """
 
     name: str
@@ -26,6 +27,7 @@ class WeightFormat:
     bits: float
     numbers: int = 0
     group_size: int | None = None
+    head_bits: float | None = None
 
     @property
     def is_lut(self) -> bool:

@@ -134,12 +134,12 @@ def _require_model_shape(cache: MiKVCache, model_config: PreTrainedConfig, path:
     from mikv.cache.geometry import CacheGeometry
 
     geometry = CacheGeometry.from_model_config(model_config)
-    expected = (geometry.num_kv_heads, geometry.head_dim)
-    for layer in cache.layers:
+    for i, (layer, own) in enumerate(zip(cache.layers, geometry.layers, strict=False)):
+        expected = (own.num_kv_heads, own.head_dim)
         if isinstance(layer, MiKVLayer) and layer.tokens.shape is not None and layer.tokens.shape[1:] != expected:
             raise CheckpointError(
-                f"{path} holds {layer.tokens.shape[1]} KV heads of dim {layer.tokens.shape[2]}; "
-                f"this model has {expected[0]} of dim {expected[1]}"
+                f"{path} holds {layer.tokens.shape[1]} KV heads of dim {layer.tokens.shape[2]} in layer {i}; "
+                f"this model has {expected[0]} of dim {expected[1]} there"
             )
 
 

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import torch
 
-from mikv.cache.accounting import FP16_BYTES
+from mikv.cache.geometry import FP16_BYTES
 from mikv.cache.layer import TwoTierLayer
 
 
