@@ -112,7 +112,7 @@ def test_a_check_asks_every_task_of_every_preset_and_is_json(tiny_folder, criter
         "check",
         "balanced",
         False,
-        "small",
+        None,
     )
     assert [verdict["preset"] for verdict in found["verdicts"]] == list(BEST_FIRST)
     assert [(f["task"], f["criterion"]) for f in found["verdicts"][0]["findings"]] == [
@@ -123,6 +123,17 @@ def test_a_check_asks_every_task_of_every_preset_and_is_json(tiny_folder, criter
     assert [layer["layer"] for layer in found["outliers"]] == [0, 1]
     assert list(found["bytes_at"]) == ["1024", "4096"]
     assert found["bytes_at"]["1024"]["small"] < found["bytes_at"]["1024"]["full"]
+
+
+@pytest.mark.parametrize("asked", BEST_FIRST)
+def test_every_preset_is_held_to_the_criteria_of_the_one_asked_for(tiny_folder, asked):
+    """A laxer preset is not recommended because its own limits are laxer."""
+    found = run(tiny_folder, asked).to_dict()
+    assert found["criteria"] == {"of": asked} | vars(CRITERIA[asked])
+    for verdict in found["verdicts"]:
+        limits = {finding["criterion"]: finding["limit"] for finding in verdict["findings"]}
+        assert limits["KL"] == CRITERIA[asked].kl_mean
+        assert limits["top-1"] == CRITERIA[asked].top1_agreement
 
 
 def test_a_task_that_the_model_fails_with_the_full_cache_does_not_count(tiny_folder):

@@ -42,12 +42,14 @@ def choose_preset(budget: float, model_config: Any, num_tokens: int) -> PresetCh
     fitting = [name for name in BEST_FIRST if ratios[name] <= budget]
     if fitting:
         return PresetChoice(fitting[0], budget, num_tokens, ratios)
-    smallest = min(ratios, key=lambda name: ratios[name])
+    smallest = _smallest(ratios)
     length = shortest(partial(_ratio, MiKVConfig.preset(smallest), geometry), budget)
     longer = "no length of context is enough" if length is None else f"from about {length:,} tokens on it meets it"
+    least = ratios[smallest] + 5e-4
     raise ConfigError(
         f"budget={budget:g} cannot be met with {num_tokens} tokens on this model: the smallest preset, "
-        f"{smallest!r}, takes {ratios[smallest]:.3f}, and {longer}; ask for budget={ratios[smallest] + 5e-4:.3f}"
+        f"{smallest!r}, takes {ratios[smallest]:.3f}, and {longer}"
+        + (f"; ask for budget={least:.3f}" if least < 1 else "; so short a cache takes more than the full one")
     )
 
 
@@ -55,7 +57,7 @@ def smallest_preset(budget: float, model_config: Any, num_tokens: int) -> Preset
     """The smallest preset, for a context too short for any to meet `budget`; None if it would not at any length."""
     geometry = _geometry(model_config)
     ratios = preset_ratios(geometry, num_tokens)
-    smallest = min(ratios, key=lambda name: ratios[name])
+    smallest = _smallest(ratios)
     if shortest(partial(_ratio, MiKVConfig.preset(smallest), geometry), budget) is None:
         return None
     return PresetChoice(smallest, budget, num_tokens, ratios)
@@ -84,6 +86,11 @@ def shortest(ratio_at: Callable[[int], float], share: float) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if ratio_at(middle) <= share else (middle, high)
     return high
+
+
+def _smallest(ratios: dict[str, float]) -> str:
+    """While all tokens are exact all presets take the same: then the one that will be smallest."""
+    return min(reversed(ratios), key=lambda name: ratios[name])
 
 
 def _ratio(config: MiKVConfig, geometry: CacheGeometry, num_tokens: int) -> float:

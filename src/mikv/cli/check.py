@@ -47,6 +47,7 @@ def _print(report: "Report") -> None:
     console = Console(highlight=False)
     console.print(_findings_table(report))
     console.print("each: value / limit, compared with the full cache on the same samples", style="dim")
+    console.print(_criteria(report), style="dim", soft_wrap=True)
     console.print()
     console.print(_bytes_table(report))
     for line in (*_notes(report), _conclusion(report)):
@@ -65,6 +66,16 @@ def _findings_table(report: "Report") -> Table:
         cells = [_cell(verdict, index) for verdict in report.verdicts]
         table.add_row(finding.task, finding.criterion, *cells)
     return table
+
+
+def _criteria(report: "Report") -> str:
+    from mikv.lab.check import criteria_of
+
+    limits = criteria_of(report.preset)
+    return (
+        f"all presets are held to the criteria of {report.preset}: KL at most {limits.kl_mean:g}, the same prediction "
+        f"(top-1) for {limits.top1_agreement:.0%} of the tokens, at most {limits.score_loss:.0%} of a score lost"
+    )
 
 
 def _cell(verdict: "Verdict", index: int) -> str:
@@ -130,7 +141,7 @@ def _conclusion(report: "Report") -> str:
         f"PASS: {verdict.preset} meets all of its criteria" if verdict.passed else f"FAIL: {verdict.preset}: {reasons}"
     )
     if report.recommended is None:
-        lines.append("recommended: none of these presets; keep the full cache")
+        lines.append(f"recommended: none of these presets meets the criteria of {report.preset}; keep the full cache")
     else:
-        lines.append(f"recommended: {report.recommended}, the smallest that meets its own criteria")
+        lines.append(f"recommended: {report.recommended}, the smallest that meets the criteria of {report.preset}")
     return "\n".join(lines)

@@ -11,8 +11,11 @@ import typer
 from rich.console import Console
 
 from mikv.cache.config import PRESETS, MiKVConfig
+from mikv.cache.geometry import context_length
 from mikv.errors import ConfigError
 from mikv.models import BUNDLED_MODEL, LoadedModel, load_model
+
+_USUAL_TOKENS = 4096
 
 ModelOption = Annotated[
     str,
@@ -51,12 +54,28 @@ class CacheChoice:
             raise ConfigError(f"--budget {budget:g} must be a share of the fp16 bytes, more than 0 and at most 1")
         return cls(None, budget)
 
-    def for_model(self, model_config: Any) -> MiKVConfig:
-        """The configuration for a model. Raises ConfigError if no preset meets the budget."""
+    def for_model(self, model_config: Any, num_tokens: int | None = None) -> MiKVConfig:
+        """The configuration for a model and a context of `num_tokens`; None is one that is not known, up to 4,096.
+
+        A line on stderr names the preset that a budget chose. In a context too short for the budget it is the smallest.
+        Raises ConfigError if no preset would meet it at any length.
+        """
         if self.fixed is not None:
             return self.fixed
         assert self.budget is not None
-        return MiKVConfig.for_budget(self.budget, model_config)
+        from mikv.cache.budget import choose_preset, smallest_preset  # PyTorch is not imported to refuse an option
+
+        num_tokens = num_tokens or min(_USUAL_TOKENS, context_length(model_config) or _USUAL_TOKENS)
+        try:
+            chosen = choose_preset(self.budget, model_config, num_tokens)
+            line = str(chosen)
+        except ConfigError as error:
+            smallest = smallest_preset(self.budget, model_config, num_tokens)
+            if smallest is None:
+                raise
+            chosen, line = smallest, f"{error}; using {smallest.preset!r}"
+        Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+        return MiKVConfig.preset(chosen.preset)
 
 
 def load_for_cli(name: str, *, quiet: bool = False) -> LoadedModel:
