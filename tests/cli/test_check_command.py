@@ -59,6 +59,8 @@ def test_outlier_keys_are_a_warning_with_the_worst_layers(mikv, tiny_folder, sho
     [
         (("--preset", "tiny"), "unknown preset 'tiny'"),
         (("--minutes", "-1"), "--minutes -1 must be 0 or more"),
+        (("--minutes", "nan"), "--minutes nan must be 0 or more"),
+        (("--minutes", "1e30"), "--minutes 1e+30 must be 0 or more, and at most 10,000"),
         (("--model", "./nowhere"), "does not exist"),
     ],
 )

@@ -11,7 +11,7 @@ from mikv.integrations.quantizer.config import BCQConfig
 from mikv.plan.hub_config import shape_of_config
 from mikv.plan.hub_fields import REQUIRED
 from mikv.plan.models import NAMED, model_shape
-from mikv.plan.quantized import quantized_format
+from mikv.plan.quantized import stored_format
 
 COMMON = {
     "hidden_size": 64,
@@ -113,9 +113,9 @@ def quantized(**settings):
 def test_a_quantized_checkpoint_tells_its_own_format():
     weights = quantized(bits=3, group_size=64, method="offset").quantization
     assert weights["bits"] == 3
-    found = quantized_format(quantized(bits=3, group_size=64, method="offset"))
+    found = stored_format(quantized(bits=3, group_size=64, method="offset"))
     assert (found.name, found.bits, found.numbers, found.group_size) == ("bcq3", 3, 4, 64)
-    assert quantized_format(quantized(bits=4, method="rtn")).numbers == 2
+    assert stored_format(quantized(bits=4, method="rtn")).numbers == 2
 
 
 def test_layers_with_other_bits_count_with_theirs():
@@ -123,8 +123,8 @@ def test_layers_with_other_bits_count_with_theirs():
     mixed = quantized(bits=3, group_size=None, module_settings={"model.layers.1.mlp.down_proj": {"bits": 4}})
     rows, columns = plain.matrices[-1]
     more = rows * (columns / 8 + 2)
-    usual = sum(quantized_format(plain).matrix_bytes(*size) for size in plain.matrices) * 3
-    bits = quantized_format(mixed).bits
+    usual = sum(stored_format(plain).matrix_bytes(*size) for size in plain.matrices) * 3
+    bits = stored_format(mixed).bits
     assert bits * mixed.matrix_parameters / 8 == pytest.approx(usual + more)
 
 
@@ -132,12 +132,12 @@ def test_layers_with_other_bits_count_with_theirs():
     ("settings", "message"),
     [
         ({"quant_method": "gptq", "bits": 4}, "quantized by 'gptq'.*--weights"),
-        (BCQConfig(modules_to_not_convert=["model.layers.0"]).to_dict(), "layers that are not quantized"),
+        (BCQConfig(module_settings={"model.vision.proj": {"bits": 3}}).to_dict(), "'model.vision.proj', whose size"),
     ],
 )
 def test_foreign_and_partial_quantization_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        quantized_format(shape_of_config("x", TINY | {"quantization_config": settings}))
+        stored_format(shape_of_config("x", TINY | {"quantization_config": settings}))
 
 
 def test_names_are_lower_case():

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mikv.lab.check import Report, Verdict
 
 _WORST = 5  # layers that are named
+_MOST_MINUTES = 10_000
 
 
 def check(
@@ -26,8 +27,10 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Check a preset on your own model. Exit code 0: it is good enough; 1: it is not; 2: it could not be checked."""
-    if minutes < 0:
-        raise ConfigError(f"--minutes {minutes:g} must be 0 or more; with 0 every task is asked once")
+    if not 0 <= minutes <= _MOST_MINUTES:
+        raise ConfigError(
+            f"--minutes {minutes:g} must be 0 or more, and at most {_MOST_MINUTES:,}; with 0 every task is asked once"
+        )
     MiKVConfig.preset(preset)
     from mikv.lab.check import Check
 

@@ -18,6 +18,10 @@ _UNGATED = ("opt", "gpt_neox")
 # the text parts of models that see are those of other families
 _TEXT = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3_moe"}
 _OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
+_OF_THE_CACHE = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("layer_types", "sliding_window", "attention_chunk_size", "model_type", "dtype"),
+)
 _ELSEWHERE = ("vision_config", "audio_config")
 
 
@@ -107,7 +111,8 @@ def _geometry(family: str, config: Mapping[str, Any]) -> CacheGeometry:
             ]
     elif family == "mistral" and "sliding_window" not in config:
         changes["sliding_window"] = 4096
-    return CacheGeometry.from_model_config(SimpleNamespace(**{**config, **changes}))
+    fields = {field: config[field] for field in _OF_THE_CACHE if field in config}
+    return CacheGeometry.from_model_config(SimpleNamespace(**{**fields, **changes}))
 
 
 def _small_parameters(family: str, config: Mapping[str, Any], geometry: CacheGeometry, num_experts: int) -> int:

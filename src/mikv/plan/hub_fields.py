@@ -26,7 +26,7 @@ _SIZES = (
     *COMMON,
     *("intermediate_size", "moe_intermediate_size", "ffn_dim", "word_embed_proj_dim", "max_position_embeddings"),
     *("num_key_value_heads", "head_dim", "num_local_experts", "num_experts", "num_experts_per_tok"),
-    *("sliding_window", "decoder_sparse_step"),
+    *("sliding_window", "decoder_sparse_step", "attention_chunk_size"),
 )
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 

@@ -2,6 +2,7 @@
 
 import json
 from difflib import get_close_matches
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +113,20 @@ def model_shape(name: str) -> ModelShape:
     if (known := NAMED.get(name.lower())) is not None:
         return shape_of_config(name.lower(), known)
     path = Path(name).expanduser()
-    if path.suffix == ".json" and path.is_file():
+    if path.suffix.lower() == ".gguf" and isfile(path):
+        from mikv.plan.gguf_shape import gguf_shape
+
+        return gguf_shape(path)
+    if path.suffix == ".json" and isfile(path):
         return shape_of_config(path.stem if path.stem != "config" else path.absolute().parent.name, _read(path))
     return shape_of_config(name.rstrip("/").split("/")[-1], _configuration(name))
 
 
 def _configuration(name: str) -> dict[str, Any]:
-    from mikv.models import readable_source
+    from mikv.models import find_model
 
     try:
-        source = readable_source(name)
+        source = find_model(name)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(f"{error}; {_named(name)}") from error
     if isinstance(source, Path):
@@ -144,7 +149,7 @@ def _named(name: str) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a configuration: it holds no JSON object")

@@ -1,6 +1,6 @@
 """What a cache holds and takes, in numbers: the answer to `MiKVCache.memory()`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Self
 
@@ -46,7 +46,7 @@ class LayerMemory:
         fp16_bytes = num_tokens * num_heads * head_dim * 2 * FP16_BYTES
         parts = tokens.bytes_by_part()
         is_small = num_tokens and sum(parts.values()) > _HALF * fp16_bytes
-        saves_from = _saves_from(tokens.config.to_json(), num_heads, head_dim) if is_small else None
+        saves_from = _saves_from(_of_bytes(tokens.config), num_heads, head_dim) if is_small else None
         return cls(layer, None, parts, fp16_bytes, tokens.tokens_by_tier(), saves_from)
 
     @classmethod
@@ -124,6 +124,11 @@ class MemoryReport:
         return f"{self.bytes:,} bytes = {self.ratio:.3f} of fp16 ({parts}){skipped}" + (
             f"; {self.note}" if self.note else ""
         )
+
+
+def _of_bytes(config: MiKVConfig) -> str:
+    """What decides bytes, but for the user's spans, as a key."""
+    return replace(config, protected=(), layer_settings={}, policy="recency", policy_options={}).to_json()
 
 
 @lru_cache(maxsize=256)
