@@ -156,8 +156,23 @@ def test_a_model_that_sees_is_planned_by_its_text_part(tmp_path):
     assert shape_of_config("x", flat).num_parameters == model_shape("qwen2.5-7b").num_parameters
 
 
+def test_gemma_4_is_planned_layer_by_layer(tmp_path):
+    whole = {"model_type": "gemma4", "text_config": GEMMA_4, "vision_config": {"hidden_size": 8}, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    found = planned(tmp_path, cache="balanced")
+    kv = 15 * 2 * 16 * 2 + 64 * 2 * 32 * 2  # numbers: a window of 15 tokens, and all 64
+    assert found.deployment.shape.geometry(1, 2).fp16_bytes(64) == 2 * kv
+    assert planned(tmp_path).memory.kv_cache == 2 * kv
+
+
 # --- malformed --------------------------------------------------------------------------------------------------------
 
+GEMMA_4: dict[str, Any] = {
+    **{"model_type": "gemma4_text", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32, "vocab_size": 96},
+    **{"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
+    **{"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
+}
 HOSTILE = (None, 0, -1, 1.5, "4", "", [], {}, [1], True, False, 10**30, 10**400, float("nan"), float("inf"), 1e30)
 MUTATED = {
     "llama": NAMED["llama-3-8b"],
@@ -165,6 +180,7 @@ MUTATED = {
     "qwen3_moe": NAMED["qwen3-30b-a3b"] | {"mlp_only_layers": [], "decoder_sparse_step": 1, "layer_types": None},
     "opt": NAMED["opt-6.7b"] | {"word_embed_proj_dim": 4096},
     "vision": {"model_type": "llava", "text_config": NAMED["llama-3-8b"], "vision_config": {"depth": 2}},
+    "gemma4_text": GEMMA_4,
     "quantized": NAMED["llama-3-8b"] | {"quantization_config": BCQConfig(bits=3, method="offset").to_dict()},
 }
 OTHERS = ("dtype", "torch_dtype", "layer_types", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias")

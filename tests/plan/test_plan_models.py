@@ -28,6 +28,18 @@ CONFIGS = {
     "mistral": GATED | {"sliding_window": 32},
     "qwen2": GATED,
     "qwen3": GATED | {"head_dim": 32},
+    "gemma": GATED | {"head_dim": 32},
+    "gemma2": GATED | {"head_dim": 32, "sliding_window": 32},
+    "gemma3_text": GATED | {"head_dim": 32, "sliding_window": 32},
+    "gemma4_text": GATED
+    | {"head_dim": 16, "global_head_dim": 32, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8},
+    "gemma4_text, shared": GATED
+    | {
+        **{"model_type": "gemma4_text", "head_dim": 16, "global_head_dim": 32, "num_kv_shared_layers": 1},
+        **{"num_global_key_value_heads": 1, "attention_k_eq_v": True, "use_double_wide_mlp": True},
+        **{"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "num_hidden_layers": 4},
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "mixtral": GATED | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": GATED | {"head_dim": 32, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2},
     "opt": COMMON | {"ffn_dim": 96, "word_embed_proj_dim": 64},

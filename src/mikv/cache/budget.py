@@ -10,8 +10,10 @@ from mikv.cache.config import BEST_FIRST, MiKVConfig
 from mikv.cache.geometry import CacheGeometry
 from mikv.cache.settings import is_share, require_count, shown
 from mikv.errors import ConfigError, UnsupportedModelError
+from mikv.formats import BLOCK_TOKENS
 
 LONGEST = 1 << 20  # tokens, the longest context that is tried
+_SLACK = 2 * BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,20 @@ def require_budget(budget: object, name: str = "budget=") -> None:
 
 
 def shortest(ratio_at: Callable[[int], float], share: float) -> int | None:
-    """About the fewest tokens from which a cache takes at most `share` of fp16; None if it never does.
+    """The fewest tokens from which on a cache takes at most `share` of fp16; None if it never does.
 
-    Ratios fall with the length but for the slack of a block, so the answer can be off by as much.
+    Ratios fall with the length, but for the slack of a block or two: all lengths within those must do.
     """
-    if ratio_at(LONGEST) > share:
+
+    def is_enough(num_tokens: int) -> bool:
+        return all(ratio_at(num_tokens + more) <= share for more in range(_SLACK))
+
+    if not is_enough(LONGEST):
         return None
     low, high = 0, LONGEST
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if ratio_at(middle) <= share else (middle, high)
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high
 
 

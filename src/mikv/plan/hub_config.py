@@ -4,11 +4,13 @@ Reads the plain dictionary, because transformers fills fields that are missing w
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from mikv.cache.geometry import FULL_ATTENTION, CacheGeometry, refuse_latent_attention
 from mikv.errors import CheckpointError, UnsupportedModelError
+from mikv.plan.built import FAMILIES, built_shape
 from mikv.plan.hub_fields import COMMON, REQUIRED, missing, require_fields
 from mikv.plan.shapes import ModelShape
 
@@ -34,6 +36,13 @@ def shape_of_config(name: str, config: Mapping[str, Any]) -> ModelShape:
     others = [field for field in _ELSEWHERE if config.get(field)]
     config = _text_part(name, config)
     family = _known_family(name, config)
+    common: dict[str, Any] = {
+        "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float16").removeprefix("torch."),
+        "quantization": config.get("quantization_config"),
+        "left_out": ", ".join(field.removesuffix("_config") for field in others),
+    }
+    if family in FAMILIES:
+        return replace(built_shape(name, config), **common)
     geometry = _geometry(family, config)
     num_experts = config["num_experts"] if family in _MIXTURES else 0
     return ModelShape(
@@ -49,11 +58,9 @@ def shape_of_config(name: str, config: Mapping[str, Any]) -> ModelShape:
         small_parameters=_small_parameters(family, config, geometry, num_experts),
         layers=geometry.layers,
         context_length=config.get("max_position_embeddings"),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float16").removeprefix("torch."),
-        quantization=config.get("quantization_config"),
         num_experts=num_experts,
         experts_per_token=config["num_experts_per_tok"] if num_experts else 0,
-        left_out=", ".join(field.removesuffix("_config") for field in others),
+        **common,
     )
 
 
@@ -89,7 +96,7 @@ def _known_family(name: str, config: Mapping[str, Any]) -> str:
     require_fields(name, family, config)
     if family == "opt" and _or_else(config.get("word_embed_proj_dim"), config["hidden_size"]) != config["hidden_size"]:
         raise UnsupportedModelError(f"{name} projects its embeddings (word_embed_proj_dim); not supported")
-    if config.get("per_layer_config"):
+    if config.get("per_layer_config") and family not in FAMILIES:
         raise UnsupportedModelError(f"{name} has layers that differ (per_layer_config); not supported")
     if config.get("mlp_only_layers") or _or_else(config.get("decoder_sparse_step"), 1) != 1:
         raise UnsupportedModelError(f"{name} has experts in some layers only (decoder_sparse_step); not supported")

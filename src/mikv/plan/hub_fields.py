@@ -8,6 +8,7 @@ from typing import Any
 
 from mikv.cache.settings import is_count, shown
 from mikv.errors import CheckpointError, UnsupportedModelError
+from mikv.plan.built import FAMILIES as BUILT
 
 COMMON = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # fields that must be there besides the common ones; transformers' defaults for them are not derived from the others
@@ -18,6 +19,7 @@ REQUIRED = {
     "qwen3": ("intermediate_size", "num_key_value_heads", "head_dim"),
     "opt": ("ffn_dim", "max_position_embeddings"),
     "gpt_neox": ("intermediate_size",),
+    **dict.fromkeys(BUILT, ("intermediate_size", "num_key_value_heads", "head_dim")),
     "mixtral": ("intermediate_size", "num_key_value_heads", "num_local_experts", "num_experts_per_tok"),
     "qwen3_moe": ("moe_intermediate_size", "num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok"),
 }

@@ -57,9 +57,7 @@ def usable_bytes(deployment: Deployment) -> float:
 
 def matrix_bytes(deployment: Deployment) -> float:
     """Matrices of all layers."""
-    return deployment.shape.num_layers * sum(
-        deployment.weights.matrix_bytes(*size) for size in deployment.shape.matrices
-    )
+    return sum(number * deployment.weights.matrix_bytes(*size) for size, number in deployment.shape.all_matrices)
 
 
 def layer_bytes(deployment: Deployment) -> float:
@@ -85,7 +83,8 @@ def head_bytes(deployment: Deployment) -> float:
 
 def embedding_bytes(deployment: Deployment) -> float:
     """The output head, and the embedding where it is another matrix; both are stored alike."""
-    return head_bytes(deployment) * (1 if deployment.shape.is_tied else 2)
+    others = deployment.shape.other_embeddings * deployment.dtype_bytes
+    return head_bytes(deployment) * (1 if deployment.shape.is_tied else 2) + others
 
 
 def cache_bytes(deployment: Deployment, devices: int) -> float:

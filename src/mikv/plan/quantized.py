@@ -34,7 +34,7 @@ def stored_format(shape: ModelShape) -> WeightFormat:
     changes = list(_exceptions(shape, config))
     if not changes:
         return usual
-    size = shape.num_layers * sum(usual.matrix_bytes(*matrix) for matrix in shape.matrices)
+    size = sum(number * usual.matrix_bytes(*matrix) for matrix, number in shape.all_matrices)
     for matrix, own in changes:
         size += own.matrix_bytes(*matrix) - usual.matrix_bytes(*matrix)
     bits = 8 * size / shape.matrix_parameters
@@ -85,8 +85,10 @@ def _exceptions(shape: ModelShape, config: BCQConfig) -> Iterator[tuple[tuple[in
             elif full in config.module_settings:
                 yield matrix, _format(config.of_module(full))
     unknown = [n for n in config.module_settings if n not in known and n.split(".")[-1] not in _EMBEDDINGS]
-    if unknown or (shape.num_experts and (kept or config.module_settings)):
-        name = (unknown or kept or list(config.module_settings))[0]
+    if shape.num_experts or shape.counted is not None:  # whose matrices have other names or sizes
+        unknown = [*config.module_settings, *(n for n in kept if not n.endswith((*_EMBEDDINGS, "norm")))]
+    if unknown:
+        name = unknown[0]
         raise ConfigError(f"{shape.name} has settings for {name!r}, whose size is not known; give --weights")
 
 

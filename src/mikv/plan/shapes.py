@@ -9,6 +9,14 @@ from mikv.cache.geometry import CacheGeometry, LayerGeometry
 
 
 @dataclass(frozen=True)
+class Counted:
+    """Matrices of a model whose layers differ: ((M, K), how many), and numbers of embeddings besides the tokens'."""
+
+    matrices: tuple[tuple[tuple[int, int], int], ...]
+    embeddings: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A decoder, dense or with a mixture of experts in every layer.
 
@@ -19,6 +27,7 @@ class ModelShape:
     quantization      what its configuration says about quantized weights, or None
     num_experts       of each layer, 0 if it is dense; a token takes `experts_per_token` of them
     left_out          parts of the model that are not counted: vision, audio
+    counted           what was counted where layers differ; heads and dims are then those of the largest layer
     """
 
     name: str
@@ -38,6 +47,7 @@ class ModelShape:
     num_experts: int = 0
     experts_per_token: int = 0
     left_out: str = ""
+    counted: Counted | None = None
 
     @property
     def num_layers(self) -> int:
@@ -64,11 +74,18 @@ class ModelShape:
     @property
     def matrix_parameters(self) -> int:
         """Weights in the matrices of all layers."""
-        return self.num_layers * _numbers(self.matrices)
+        return sum(number * rows * columns for (rows, columns), number in self.all_matrices)
+
+    @property
+    def all_matrices(self) -> tuple[tuple[tuple[int, int], int], ...]:
+        """(M, K) of the matrices of all layers, and how many there are of each."""
+        return tuple((one, self.num_layers) for one in self.matrices) if self.counted is None else self.counted.matrices
 
     @property
     def active_parameters(self) -> int:
         """Those of them that one token is multiplied with."""
+        if self.counted is not None:
+            return self.matrix_parameters
         experts = self.experts_per_token if self.num_experts else 1
         return self.num_layers * (_numbers(self.attention_matrices) + experts * _numbers(self.mlp_matrices))
 
@@ -86,9 +103,14 @@ class ModelShape:
         return self.vocab_size * self.hidden_size
 
     @property
+    def other_embeddings(self) -> int:
+        """Numbers in embeddings besides the tokens', of which a step reads a few rows."""
+        return 0 if self.counted is None else self.counted.embeddings
+
+    @property
     def num_parameters(self) -> int:
         """All of them."""
-        embeddings = self.head_parameters * (1 if self.is_tied else 2)
+        embeddings = self.head_parameters * (1 if self.is_tied else 2) + self.other_embeddings
         return self.matrix_parameters + embeddings + self.small_parameters
 
     def geometry(self, num_devices: int, dtype_bytes: int) -> CacheGeometry:

@@ -43,7 +43,7 @@ def make_policy(name: str, options: Mapping[str, Any]) -> ImportancePolicy:
     except TypeError as error:
         known = ", ".join(signature(policy).parameters) or "none"
         raise ConfigError(
-            f"policy {name!r} does not take the options {shown(dict(options))}: {error}; it takes {known}"
+            f"policy {name!r} does not take the options {shown(dict(options))}: {str(error)[:200]}; it takes {known}"
         ) from error
 
 
