@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from mikv.cache.config import BEST_FIRST, MiKVConfig
 from mikv.errors import ConfigError, ModelNotFoundError
@@ -220,3 +221,17 @@ def test_what_is_uneven_after_the_transforms_is_not_tamed():
     assert KeyOutliers(0, 50.0, 2.0).is_tamed
     assert not KeyOutliers(0, 50.0, 9.0).is_tamed
     assert not KeyOutliers(0, 5.0, 2.0).is_outlier
+
+
+def test_gemma_4_whose_layers_have_other_heads_and_dims_is_checked(tmp_path):
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "sliding_window": 16}
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    dims = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    words = {"vocab_size": 261, "vocab_size_per_layer_input": 261, "hidden_size_per_layer_input": 8, "pad_token_id": 2}
+    config = Gemma4TextConfig(**layers, **shape, **dims, **words, max_position_embeddings=512)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    chat_tokenizer(template=None).save_pretrained(tmp_path)
+    report = run(tmp_path)
+    assert report.verdict.skipped is None
+    assert set(report.uncompressed) == {0, 2, 3}
+    assert report.bytes_at == {}

@@ -12,10 +12,20 @@ from rich.console import Console
 
 from mikv.cache.config import PRESETS, MiKVConfig
 from mikv.cache.geometry import context_length
+from mikv.cache.settings import MOST
 from mikv.errors import ConfigError
 from mikv.models import BUNDLED_MODEL, LoadedModel, load_model
 
 _USUAL_TOKENS = 4096
+_COLDEST, _HOTTEST = 0.001, 100.0
+
+
+def _temperature(value: float) -> float:
+    """Raise ConfigError for what cannot divide logits; typer's ranges let NaN through."""
+    if not (value == 0 or _COLDEST <= value <= _HOTTEST):
+        raise ConfigError(f"--temperature {value:g} must be 0, or from {_COLDEST:g} to {_HOTTEST:g}")
+    return value
+
 
 ModelOption = Annotated[
     str,
@@ -26,9 +36,13 @@ BudgetOption = Annotated[
     float | None, typer.Option(help="Cache size as a share of the fp16 bytes, for example 0.25; picks the best preset.")
 ]
 ConfigOption = Annotated[Path | None, typer.Option(help="A cache configuration written with MiKVConfig.to_json.")]
-MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Stop an answer after this many tokens.")]
-TemperatureOption = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token; more is bolder.")]
-SeedOption = Annotated[int | None, typer.Option(help="Makes answers at a temperature repeatable.")]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, max=MOST, help="Stop an answer after this many tokens.")]
+TemperatureOption = Annotated[
+    float, typer.Option(callback=_temperature, help="0 always takes the likeliest token; more is bolder.")
+]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, max=2**63 - 1, help="Makes answers at a temperature repeatable.")
+]
 SystemOption = Annotated[str | None, typer.Option(help="System message that precedes the conversation.")]
 
 
