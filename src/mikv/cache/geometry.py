@@ -118,7 +118,11 @@ def _layer_geometries(config: Any) -> tuple[LayerGeometry, ...]:
     configs = _layer_configs(config)
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
-        layer_types = [_inferred_type(layer) for layer in configs]
+        blocks = getattr(config, "layers_block_type", None) or [None] * len(configs)  # RecurrentGemma until 5.16
+        layer_types = [
+            _STATES[0] if block == "recurrent" else _inferred_type(layer)
+            for block, layer in zip(blocks, configs, strict=True)
+        ]
     sources, readers = shared_layers(config)
     found = []
     for i, (layer_type, layer) in enumerate(zip(layer_types, configs, strict=False)):  # as transformers' caches do
