@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 RECORDS, PAGE, PICTURES = RESULTS / "report.jsonl", RESULTS / "report.md", RESULTS / "report"
 BUDGET_TOKENS = 3000
 # heads of 64 in float16, as both models have; the number of layers and heads does not matter
-GEOMETRY = CacheGeometry((LayerGeometry("full_attention", None),), 1, 64, 2)
+GEOMETRY = CacheGeometry((LayerGeometry("full_attention", None, 1, 64),), 2)
 
 _ABOUT = """# The full report
 

@@ -251,8 +251,8 @@ class TwoTierLayer:
             self.tokens.to(device)
 
     def bytes_by_part(self) -> dict[str, int]:
-        """All bytes allocated: `warm_up`, `high`, `low`, `scores`, `positions`, `transforms`; absent parts are 0."""
-        parts = dict.fromkeys(("warm_up", "high", "low", "scores", "positions", "transforms"), 0)
+        """All bytes allocated by part, `statistics` being what transforms are fitted on; absent parts are 0."""
+        parts = dict.fromkeys(("warm_up", "statistics", "high", "low", "scores", "positions", "transforms"), 0)
         return parts if self.tokens is None else parts | self.tokens.bytes_by_part()
 
     def tokens_by_tier(self) -> dict[str, int]:

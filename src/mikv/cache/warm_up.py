@@ -137,7 +137,9 @@ class WarmUp:
 
     def bytes_by_part(self) -> dict[str, int]:
         """All bytes allocated."""
-        return {"warm_up": self.tokens.nbytes, "scores": sum(x.nbytes for x in self.statistics.tensors().values())}
+        attention = self.statistics.attention.nbytes
+        others = sum(x.nbytes for x in self.statistics.tensors().values()) - attention
+        return {"warm_up": self.tokens.nbytes, "scores": attention, "statistics": others}
 
     def tokens_by_tier(self, num_tokens: int) -> dict[str, int]:
         """Where the `num_tokens` tokens of all rows are."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mikv.lab.check import Report, Verdict
 
 _WORST = 5  # layers that are named
+_MOST_MINUTES = 10_000
 
 
 def check(
@@ -26,8 +27,10 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Check a preset on your own model. Exit code 0: it is good enough; 1: it is not; 2: it could not be checked."""
-    if minutes < 0:
-        raise ConfigError(f"--minutes {minutes:g} must be 0 or more; with 0 every task is asked once")
+    if not 0 <= minutes <= _MOST_MINUTES:
+        raise ConfigError(
+            f"--minutes {minutes:g} must be 0 or more, and at most {_MOST_MINUTES:,}; with 0 every task is asked once"
+        )
     MiKVConfig.preset(preset)
     from mikv.lab.check import Check
 
@@ -47,6 +50,7 @@ def _print(report: "Report") -> None:
     console = Console(highlight=False)
     console.print(_findings_table(report))
     console.print("each: value / limit, compared with the full cache on the same samples", style="dim")
+    console.print(_criteria(report), style="dim", soft_wrap=True)
     console.print()
     console.print(_bytes_table(report))
     for line in (*_notes(report), _conclusion(report)):
@@ -65,6 +69,16 @@ def _findings_table(report: "Report") -> Table:
         cells = [_cell(verdict, index) for verdict in report.verdicts]
         table.add_row(finding.task, finding.criterion, *cells)
     return table
+
+
+def _criteria(report: "Report") -> str:
+    from mikv.lab.check import criteria_of
+
+    limits = criteria_of(report.preset)
+    return (
+        f"all presets are held to the criteria of {report.preset}: KL at most {limits.kl_mean:g}, the same prediction "
+        f"(top-1) for {limits.top1_agreement:.0%} of the tokens, at most {limits.score_loss:.0%} of a score lost"
+    )
 
 
 def _cell(verdict: "Verdict", index: int) -> str:
@@ -130,7 +144,7 @@ def _conclusion(report: "Report") -> str:
         f"PASS: {verdict.preset} meets all of its criteria" if verdict.passed else f"FAIL: {verdict.preset}: {reasons}"
     )
     if report.recommended is None:
-        lines.append("recommended: none of these presets; keep the full cache")
+        lines.append(f"recommended: none of these presets meets the criteria of {report.preset}; keep the full cache")
     else:
-        lines.append(f"recommended: {report.recommended}, the smallest that meets its own criteria")
+        lines.append(f"recommended: {report.recommended}, the smallest that meets the criteria of {report.preset}")
     return "\n".join(lines)

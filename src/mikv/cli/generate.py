@@ -63,7 +63,6 @@ def generate(
     from mikv.integrations.transformers import MiKVCache
 
     loaded = load_for_cli(model, quiet=as_json)
-    cache = MiKVCache(loaded.model.config, choice.for_model(loaded.model.config))
     token_ids = _prompt_ids(loaded, text, system, raw)
     longest = context_length(loaded.model.config)
     if longest is not None and len(token_ids) + max_new_tokens > longest:
@@ -71,6 +70,7 @@ def generate(
             f"a prompt of {len(token_ids):,} tokens and {max_new_tokens:,} new ones are more than the {longest:,} that "
             f"{model} was trained for; shorten the prompt or lower --max-new-tokens"
         )
+    cache = MiKVCache(loaded.model.config, choice.for_model(loaded.model.config, len(token_ids) + max_new_tokens))
     if seed is not None:
         torch.manual_seed(seed)
     options = AnswerOptions(max_new_tokens, temperature, on_text=_ignore if as_json else _write)

@@ -14,6 +14,8 @@ from mikv.errors import ConfigError
 if TYPE_CHECKING:
     from mikv.plan.plan import Plan
 
+_GAP = 2  # between two columns
+
 
 def plan(
     model: Annotated[
@@ -107,13 +109,26 @@ def _print(facts: Mapping[str, Any], plans: Sequence["Plan"], with_constants: bo
         f"batch {facts['batch']}, {facts['context']:,} tokens each; every number is an estimate",
         markup=False,
     )
-    console.print(_table(("", *(one.name for one in plans)), plan_rows(plans)))
+    columns, rows = ("", *(one.name for one in plans)), plan_rows(plans)
+    for part in _parts(columns, rows, console.width):
+        console.print(_table([columns[i] for i in part], [[row[i] for i in part] for row in rows]))
     for note in dict.fromkeys(note for one in plans for note in one.notes()):
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     if with_constants:
         console.print(_constants_table(facts["constants"]))
     else:
         console.print("--constants lists what is assumed, with sources; --efficiency changes it", style="dim")
+
+
+def _parts(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """Which columns stand side by side in `width` characters; the first one, of names, stands in each part."""
+    widths = [max(map(len, (column, *(row[i] for row in rows)))) for i, column in enumerate(columns)]
+    parts: list[list[int]] = []
+    for i, own in enumerate(widths[1:], 1):
+        if not parts or sum(widths[j] + _GAP for j in parts[-1]) + own > width:
+            parts.append([0])
+        parts[-1].append(i)
+    return parts
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:

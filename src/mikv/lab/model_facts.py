@@ -86,9 +86,10 @@ class ModelFacts:
         geometry, config = CacheGeometry.from_model_config(self.config), text_config(self.config)
         tokens = longest(self.tokenizer, sample)
         # queries, keys and values as recorded; those of the full cache and of one under test
-        vectors = tokens * len(geometry.layers) * (config.num_attention_heads + 6 * geometry.num_kv_heads)
+        heads = config.num_attention_heads
+        numbers = tokens * sum((heads + 6 * layer.num_kv_heads) * layer.head_dim for layer in geometry.layers)
         read_on = tokens - Transcript(self.tokenizer, sample).num_context
-        return vectors * geometry.head_dim * item + read_on * config.vocab_size * _FLOAT32_BYTES
+        return numbers * item + read_on * config.vocab_size * _FLOAT32_BYTES
 
 
 def require_memory(processes: int, bytes_each: int) -> None:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from mikv.cache.accounting import FP16_BYTES, cache_bytes
+from mikv.cache.accounting import cache_bytes
 from mikv.cache.config import PRESETS, MiKVConfig
-from mikv.cache.geometry import CacheGeometry
+from mikv.cache.geometry import FP16_BYTES, CacheGeometry
 from mikv.cache_names import parse_cache
 from mikv.errors import ConfigError
 
@@ -30,13 +30,7 @@ class CacheFormat:
         if self.config is not None:
             return cache_bytes(self.config, geometry, context).bytes
         bits = 8 * geometry.model_dtype_bytes if self.bits is None else self.bits
-        return fp16_bytes(geometry, context) * bits / (8 * FP16_BYTES)
-
-
-def fp16_bytes(geometry: CacheGeometry, context: int) -> int:
-    """Bytes of one sequence in 16-bit floats."""
-    per_token = geometry.num_kv_heads * geometry.head_dim * 2 * FP16_BYTES
-    return per_token * sum(layer.num_cached(context) for layer in geometry.layers)
+        return geometry.fp16_bytes(context) * bits / (8 * FP16_BYTES)
 
 
 def parse_cache_format(name: str) -> CacheFormat:

@@ -163,8 +163,9 @@ class MiKVCache(Cache):
         pending = [i for i in self._compressed if self.layers[i].pending is not None]
         if layer_idx is not None and layer_idx not in step.begun and not pending:
             return
-        what = f"layer {pending[0]} stored keys and values, but its attention was not computed by 'mikv'"
-        if not pending:
+        if pending:
+            what = f"layer {pending[0]} stored keys and values, but its attention was not computed by 'mikv'"
+        else:
             missing = step.missing
             what = f"the last step was interrupted: {len(missing)} layers, the first is {missing[0]}, have not made it"
         can = "cache.crop(0) takes the step back, cache.reset() empties the cache"
