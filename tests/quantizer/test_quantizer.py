@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_models import TOKENS, logits, quantized, reload
+from quantized_models import TOKENS, edit_config, logits, quantized, reload
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -115,7 +115,7 @@ def test_settings_of_single_layers_and_exceptions_hold_and_are_saved() -> None:
 
 def test_configuration_in_the_folder_is_versioned(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())["quantization_config"]
-    assert (config["quant_method"], config["format"], config["version"]) == ("mikv_bcq", 1, mikv.__version__)
+    assert (config["quant_method"], config["format"], config["version"]) == ("mikv_bcq", 2, mikv.__version__)
     assert (config["method"], config["uniform"], config["offset"]) == ("offset", False, True)
 
 
@@ -148,13 +148,6 @@ def test_transformers_knows_quantized_models_once_mikv_is_imported(saved: Path, 
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "BCQLinear"
-
-
-def edit_config(folder: Path, **settings: Any) -> None:
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    config["quantization_config"] |= settings
-    file.write_text(json.dumps(config))
 
 
 DAMAGES: list[tuple[Callable[[dict[str, Tensor]], object], str]] = [
@@ -190,7 +183,7 @@ def test_a_truncated_file_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"format": 2}, CheckpointError),
+        ({"format": 3}, CheckpointError),
         ({"bits": 3}, CheckpointError),
         ({"uniform": True}, CheckpointError),
         ({"group_size": 64}, CheckpointError),

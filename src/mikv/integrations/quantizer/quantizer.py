@@ -1,5 +1,14 @@
-"""transformers' view of mikv's weights: what happens while `from_pretrained` and `save_pretrained` run."""
+"""transformers' view of mikv's weights: what happens while `from_pretrained` and `save_pretrained` run.
 
+Where mikv is not imported, transformers passes over weights that it does not know and makes random ones. So a file has
+two tensors more, of one byte: one by the name of a weight that transformers looks for, whose shape makes it refuse the
+file, and one whose name says why (`_NOTICE`).
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +18,18 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
 
 from mikv.errors import CacheStateError, CheckpointError, ConfigError, MiKVError
-from mikv.integrations.quantizer import modules
-from mikv.integrations.quantizer.config import BCQConfig
+from mikv.integrations.quantizer import checksums, modules
+from mikv.integrations.quantizer.completeness import missing_tensor, require_complete, require_layers
+from mikv.integrations.quantizer.config import FORMAT_VERSION, BCQConfig
 from mikv.integrations.quantizer.quantization import quantize_layer
+from mikv.integrations.quantizer.tensor_files import weight_files
 from mikv.weights.embedding import BCQEmbedding, TiedHead
+from mikv.weights.linear import BCQLinear
 from mikv.weights.module import BCQModule
+
+logger = logging.getLogger("mikv")
+
+_NOTICE = "mikv_bcq weights: write `import mikv` before from_pretrained"
 
 
 class BCQQuantizer(HfQuantizer):
@@ -40,6 +56,44 @@ class BCQQuantizer(HfQuantizer):
         """Raise ConfigError for weights that are to stay on the disk."""
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ConfigError("device_map puts layers on the disk, where quantized weights cannot stay; use memory")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Changes nothing: it is where config.json can be compared before a model is built by it."""
+        self._require_own_config(config)
+        return config
+
+    update_tp_plan = update_attn_implementation  # the same place in transformers 5.16
+
+    def _require_own_config(self, config: Any) -> None:
+        folder = Path(config.name_or_path or "")
+        if self.pre_quantized and (folder / checksums.CONFIG).is_file() and (files := weight_files(folder)):
+            if self.quantization_config.has_checksums:
+                checksums.require_config(folder, files)
+            else:
+                require_layers(getattr(config.get_text_config(), "num_hidden_layers", None), files)
+
+    def _require_sound_files(self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None) -> None:
+        files = [Path(file) for file in checkpoint_files or ()]
+        if not files:
+            return
+        if any(file.suffix != ".safetensors" for file in files):
+            raise CheckpointError(
+                f"{files[0]} is no safetensors file, and mikv writes no others; the folder is damaged"
+            )
+        if self.quantization_config.has_checksums:
+            if (files[0].parent / checksums.CONFIG).is_file():
+                checksums.require_config(files[0].parent, files)
+            checksums.require_tensors(files)
+        else:
+            logger.warning(
+                "%s was quantized by a mikv that wrote no checksums: damage that leaves shapes and ranges alone would "
+                "not be seen; load it and save_pretrained it to have them",
+                files[0].parent,
+            )
+        passed_over = [_NOTICE, *(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, BCQModule))]
+        require_complete(model, files, passed_over)
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, *(f"^{re.escape(name)}$" for name in passed_over)}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Put empty quantized layers in place, or note which layers to quantize."""
@@ -69,6 +123,7 @@ class BCQQuantizer(HfQuantizer):
             modules.exchange(model, name, new)
         if is_tied:
             modules.tie_head(model, head, embedding)
+        self._require_sound_files(model, kwargs.get("checkpoint_files"))
 
     def _precisions(self, name: str) -> tuple[int, ...]:
         config = self.quantization_config
@@ -100,7 +155,7 @@ class BCQQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, BCQModule) and not module.is_arranged:
                 if self.pre_quantized:
-                    _require_loaded(name, module)
+                    _require_loaded(model, name, module)
                 module.arrange()
         self.pre_quantized = True
 
@@ -108,7 +163,12 @@ class BCQQuantizer(HfQuantizer):
         """What save_pretrained writes. Raises CacheStateError for one process's part of a model."""
         if any(isinstance(module, BCQModule) and module.is_shard for module in model.modules()):
             raise CacheStateError("the model is split over processes; save it where it was quantized, in one")
-        return None, {}
+        state = model.state_dict()
+        first = next((name for name, module in model.named_modules() if isinstance(module, BCQLinear)), None)
+        if first is not None:
+            state |= {f"{first}.weight": torch.zeros(1, dtype=torch.uint8), _NOTICE: torch.zeros(1, dtype=torch.uint8)}
+        self.quantization_config.format = FORMAT_VERSION
+        return checksums.describe(model, state)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Plain layers with the weights that the codings stand for."""
@@ -156,10 +216,10 @@ def _leave_alone(model: PreTrainedModel, names: list[str]) -> None:
             module._is_hf_initialized = True
 
 
-def _require_loaded(name: str, module: BCQModule) -> None:
+def _require_loaded(model: PreTrainedModel, name: str, module: BCQModule) -> None:
     for part, parameter in module.named_parameters(recurse=False):
         if not getattr(parameter, "_is_hf_initialized", False):
-            raise CheckpointError(f"the checkpoint has no {name}.{part}; it is damaged or was not written by mikv")
+            raise missing_tensor(model, f"{name}.{part}")
     module.require_sound(name)
 
 
