@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mikv.errors import CheckpointError, UnsupportedModelError
 from mikv.integrations.quantizer.packed_settings import PackedSettings
-from mikv.integrations.quantizer.tensor_files import Header, headers, opened, weight_files
+from mikv.integrations.quantizer.tensor_files import Header, headers, weight_files
 
 _DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32")}  # safetensors' names
 _GROUPS = "g_idx"
@@ -61,9 +61,7 @@ class PackedFolder:
         """One tensor. Raises CheckpointError if it is not there or cut off."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder} has no {name}; the folder is incomplete")
-        with opened(self.tensors[name].file) as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+        return self.tensors[name].read()
 
     def read_layer(self, layer: str) -> dict[str, Tensor]:
         """What its matrix is made of."""

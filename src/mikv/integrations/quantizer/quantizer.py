@@ -104,10 +104,13 @@ class BCQQuantizer(HfQuantizer):
                 "a model that is split over processes must have been quantized and saved before, with "
                 "quantize_embeddings=False"
             )
+        modules.correct_ties(model, [Path(file) for file in kwargs.get("checkpoint_files") or ()])
+        if self.pre_quantized:
+            _name_from_here(model, config)
         if not self.pre_quantized or config.modules_to_not_convert is None:
             modules.fix_skipped(model, config)
         names = modules.linear_names(model, config)
-        head, embedding = modules.require_embeddings(model) if config.quantize_embeddings else ("", "")
+        head, embedding = self._embeddings(model) if config.quantize_embeddings else ("", "")
         if embedding:
             names.append(embedding)
         _leave_alone(model, names)
@@ -124,6 +127,12 @@ class BCQQuantizer(HfQuantizer):
         if is_tied:
             modules.tie_head(model, head, embedding)
         self._require_sound_files(model, kwargs.get("checkpoint_files"))
+
+    def _embeddings(self, model: PreTrainedModel) -> tuple[str, str]:
+        """Output head and embedding; the head is "" for the body of a model that was saved with one."""
+        if self.pre_quantized and model.get_output_embeddings() is None:
+            return "", modules.embedding_names(model)[1] or ""
+        return modules.require_embeddings(model)
 
     def _precisions(self, name: str) -> tuple[int, ...]:
         config = self.quantization_config
@@ -170,12 +179,14 @@ class BCQQuantizer(HfQuantizer):
         self.quantization_config.format = FORMAT_VERSION
         return checksums.describe(model, state)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Plain layers with the weights that the codings stand for."""
+        # a name is what save_pretrained leaves in the configuration
+        of_weights: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         was_tied = any(isinstance(module, TiedHead) for module in model.modules())
         for name, module in list(model.named_modules()):
             if isinstance(module, (BCQModule, TiedHead)):
-                modules.exchange(model, name, _plain(module, dtype or model.dtype))
+                modules.exchange(model, name, _plain(module, of_weights))
         if was_tied:
             modules.remember_ties(model)
             model.tie_weights()
@@ -206,6 +217,15 @@ class _QuantizeOnLoad(ConversionOps):
                 modules.tie_head(model, *quantizer.tied)
                 missing.discard(f"{quantizer.tied[0]}.weight")
         return {}
+
+
+def _name_from_here(model: PreTrainedModel, config: BCQConfig) -> None:
+    """Names as the body of a model has them, if the model is one: without the prefix that they have under a head."""
+    prefix = f"{model.base_model_prefix}."
+    if model.base_model is model:
+        config.module_settings = {name.removeprefix(prefix): s for name, s in config.module_settings.items()}
+        if config.modules_to_not_convert is not None:
+            config.modules_to_not_convert = [name.removeprefix(prefix) for name in config.modules_to_not_convert]
 
 
 def _leave_alone(model: PreTrainedModel, names: list[str]) -> None:

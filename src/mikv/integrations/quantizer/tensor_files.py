@@ -1,4 +1,4 @@
-"""The safetensors files of a folder, as transformers chooses them, and what their headers say. Reads no tensors."""
+"""The safetensors files of a folder, as transformers chooses them, and what their headers say."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from mikv.errors import CheckpointError
 
@@ -16,11 +17,18 @@ INDEX = f"{WEIGHTS}.index.json"
 
 @dataclass(frozen=True)
 class Header:
-    """One tensor: the file that holds it, safetensors' name of its dtype, its shape."""
+    """One tensor: the file that holds it, its name, safetensors' name of its dtype, its shape."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The tensor itself."""
+        with opened(self.file) as tensors:
+            tensor: Tensor = tensors.get_tensor(self.name)
+            return tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}; the file is damaged or cut off") from error
+        raise CheckpointError(f"the weights of {file} are damaged or cut off: {error}") from error
 
 
 def headers(files: Iterable[Path]) -> dict[str, Header]:
@@ -68,7 +76,7 @@ def headers(files: Iterable[Path]) -> dict[str, Header]:
                 if name in found:
                     raise CheckpointError(f"{name} is in {found[name].file.name} and in {file.name}; one is too many")
                 part = tensors.get_slice(name)
-                found[name] = Header(file, str(part.get_dtype()), tuple(part.get_shape()))
+                found[name] = Header(file, name, str(part.get_dtype()), tuple(part.get_shape()))
     return found
 
 
