@@ -133,7 +133,7 @@ def _errors_of_transformers(name: str, source: Path | str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise UnsupportedModelError(
                 f"{name} comes with Python code of its own, which is not run unless you ask for it: read it, then pass "
-                "--trust-remote-code, in Python trust_remote_code=True"
+                "trust_remote_code=True to load_model, or --trust-remote-code to a command that has it"
             ) from error
         raise UnsupportedModelError(f"transformers cannot load {name!r}: {_first_line(error)}") from error
     except Exception as error:  # readers meet damaged files with whatever their parsing runs into
