@@ -273,7 +273,17 @@ def test_a_prefix_of_a_number_is_not_the_number() -> None:
     assert len(linears(model)) == 10 * 7
 
 
-def test_adapters_and_vision_models_are_not_called_what_they_are_not() -> None:
+def test_a_model_with_adapters_is_told_to_merge_them() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModelError, match=r"has adapters.*merge_and_unload\(\)"):
+        mikv.quantize(model, mikv.BCQConfig(group_size=32))
+    merged = model.merge_and_unload()
+    mikv.quantize(merged, mikv.BCQConfig(group_size=32))
+    assert len(linears(merged)) == 14
+
+
+def test_a_vision_model_is_not_said_to_have_experts() -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
     vision = ViTForImageClassification(

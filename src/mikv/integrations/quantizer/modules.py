@@ -24,8 +24,13 @@ from mikv.weights.weight import require_group_size
 def fix_skipped(model: PreTrainedModel, config: BCQConfig) -> None:
     """Write into `config` which layers stay as they are, those that transformers never quantizes among them.
 
-    Raises ConfigError for an entry of modules_to_not_convert that no module answers to.
+    Raises ConfigError for an entry of modules_to_not_convert that no module answers to, UnsupportedModelError for a
+    model with adapters, whose small matrices would be taken for layers.
     """
+    if getattr(model, "peft_config", None):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has adapters (LoRA or others); merge them first: model = model.merge_and_unload()"
+        )
     correct_ties(model)
     names = [name for name, _ in model.named_modules() if name]
     for entry in config.modules_to_not_convert or ():
