@@ -17,7 +17,7 @@ ROOMS = (
     {"ops"},
     {"cache", "weights"},
     {"integrations"},
-    {"bench", "cache_names", "chat_template", "lab", "models", "gguf_model", "plan", "records", "cli"},
+    {"bench", "cache_names", "chat_template", "lab", "models", "model_folder", "gguf_model", "plan", "records", "cli"},
 )
 LAYERS = {room: layer for layer, rooms in enumerate(ROOMS) for room in rooms}
 TOP = len(ROOMS) - 1

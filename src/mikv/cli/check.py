@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mikv.cache.config import PRESETS, MiKVConfig
 from mikv.cli.measuring import bar
-from mikv.cli.options import ModelOption, load_for_cli
+from mikv.cli.options import ModelOption, TrustOption, load_for_cli
 from mikv.errors import ConfigError
 from mikv.models import BUNDLED_MODEL
 
@@ -22,6 +22,7 @@ _MOST_MINUTES = 10_000
 
 def check(
     model: ModelOption = BUNDLED_MODEL,
+    trust_remote_code: TrustOption = False,
     preset: Annotated[str, typer.Option(help=f"Is this one good enough? {', '.join(PRESETS)}.")] = "balanced",
     minutes: Annotated[float, typer.Option(help="Ask as much as fits into about so many minutes.")] = 4.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
@@ -35,7 +36,7 @@ def check(
     from mikv.lab.check import Check
 
     prepared = Check(model, preset)
-    loaded = load_for_cli(model, quiet=as_json)
+    loaded = load_for_cli(model, quiet=as_json, trust_remote_code=trust_remote_code)
     with bar(quiet=as_json) as show:
         report = prepared.run(loaded, minutes * 60, show)
     if as_json:

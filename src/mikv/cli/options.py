@@ -31,6 +31,13 @@ ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", help=f"{BUNDLED_MODEL} (bundled), a folder, a .gguf file, or a Hugging Face hub id."),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model, with all your rights. Without this it is never run.",
+    ),
+]
 PresetOption = Annotated[str | None, typer.Option(help=f"Cache preset: {', '.join(PRESETS)}. [default: balanced]")]
 BudgetOption = Annotated[
     float | None, typer.Option(help="Cache size as a share of the fp16 bytes, for example 0.25; picks the best preset.")
@@ -92,10 +99,10 @@ class CacheChoice:
         return MiKVConfig.preset(chosen.preset)
 
 
-def load_for_cli(name: str, *, quiet: bool = False) -> LoadedModel:
+def load_for_cli(name: str, *, quiet: bool = False, trust_remote_code: bool = False) -> LoadedModel:
     """`load_model`, with its steps behind a spinner if stderr is a terminal and `quiet` is False."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
-        return load_model(name)
+        return load_model(name, trust_remote_code=trust_remote_code)
     with console.status("") as status:
-        return load_model(name, on_progress=status.update)
+        return load_model(name, on_progress=status.update, trust_remote_code=trust_remote_code)

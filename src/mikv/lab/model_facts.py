@@ -31,9 +31,9 @@ class ModelFacts:
 
         source = readable_source(name)
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             CacheGeometry.from_model_config(config)
-            return cls(name, config, AutoTokenizer.from_pretrained(source))
+            return cls(name, config, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
         except OSError as error:
             raise ModelNotFoundError(f"cannot find the model {name!r}: {error}") from error
         except UnsupportedModelError:
@@ -78,7 +78,8 @@ class ModelFacts:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(self.config).parameters())
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+            weights = sum(parameter.numel() for parameter in model.parameters())
         item = getattr(torch, dtype).itemsize
         return _LIBRARY_BYTES + weights * item + max(self._sample_bytes(sample, item) for sample in samples)
 

@@ -15,7 +15,7 @@ from mikv.weights.nested import PRECISIONS
 from mikv.weights.solve import METHODS, needs_hessian
 from mikv.weights.weight import GROUP_STEP, MOST_BITS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: with checksums
 AUTO = "auto"
 IMPORT = "import"  # codes that a file has already
 _NESTED_BITS = PRECISIONS[:-1]
@@ -100,6 +100,11 @@ class BCQConfig(QuantizationConfigMixin):
             raise ConfigError(f"method={self.method!r} cannot find nested weights; use 'auto' with nested_bits")
         if any("bits" in changes for changes in self.module_settings.values()):
             raise ConfigError("nested_bits cannot be combined with bits of single layers in module_settings")
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether a saved model has a checksum of every tensor."""
+        return self.format >= 2
 
     @property
     def precisions(self) -> tuple[int, ...]:
