@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mikv.errors import CheckpointError, ConfigError, MiKVError, ModelNotFoundError, UnsupportedModelError
+from mikv.choices import require_one_of
+from mikv.errors import CheckpointError, MiKVError, ModelNotFoundError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +67,8 @@ def readable_source(
 
 def require_dtype(dtype: str | None) -> None:
     """Raise ConfigError if --dtype is given and none of DTYPES."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype is not None:
+        require_one_of("--dtype", dtype, DTYPES)
 
 
 def dtype_name(config: "PreTrainedConfig", wanted: str | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from mikv.cache.geometry import CacheGeometry
 from mikv.cache.layer_ranges import range_of_each, require_disjoint
+from mikv.choices import did_you_mean, require_one_of
 from mikv.errors import ConfigError
 
 HIGH_FORMATS = ("exact", "fp16", "int8", "int4", "int3", "int2")
@@ -86,12 +87,12 @@ class MiKVConfig:
         self._check_layer_settings()
 
     def _check_choices(self) -> None:
-        _require_choice("high", self.high, HIGH_FORMATS)
-        _require_choice("low_k", self.low_k, LOW_FORMATS)
-        _require_choice("low_v", self.low_v, LOW_FORMATS)
-        _require_choice("high_grid", self.high_grid, HIGH_GRIDS)
-        _require_choice("low_grid", self.low_grid, LOW_GRIDS)
-        _require_choice("key_rounding", self.key_rounding, KEY_ROUNDINGS)
+        require_one_of("high", self.high, HIGH_FORMATS)
+        require_one_of("low_k", self.low_k, LOW_FORMATS)
+        require_one_of("low_v", self.low_v, LOW_FORMATS)
+        require_one_of("high_grid", self.high_grid, HIGH_GRIDS)
+        require_one_of("low_grid", self.low_grid, LOW_GRIDS)
+        require_one_of("key_rounding", self.key_rounding, KEY_ROUNDINGS)
         if (self.low_k == "drop") != (self.low_v == "drop"):
             raise ConfigError(
                 f"low_k={self.low_k!r} with low_v={self.low_v!r}: a token is dropped with both its key and its value; "
@@ -197,7 +198,8 @@ class MiKVConfig:
         """The inverse of `to_dict`. Raises ConfigError naming any setting that does not exist."""
         known = {f.name for f in fields(cls)} | {"low"}
         if unknown := sorted(set(settings) - known):
-            raise ConfigError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}")
+            near = did_you_mean(unknown[0], known)
+            raise ConfigError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}{near}")
         return cls(**settings)
 
     @classmethod
@@ -226,7 +228,8 @@ class MiKVConfig:
     def preset(cls, name: str) -> Self:
         """A named preset: paper-int2 | paper-int3 | paper-int4 | lossless | balanced | small."""
         if name not in PRESETS:
-            raise ConfigError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+            near = did_you_mean(name, PRESETS)
+            raise ConfigError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}{near}")
         return cls(**PRESETS[name])
 
     @classmethod
@@ -287,11 +290,6 @@ def _naming(what: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{what}: {error}") from error
-
-
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
 
 
 def _is_share(value: object) -> bool:
