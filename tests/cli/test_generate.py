@@ -9,6 +9,7 @@ import torch
 from mikv.cache.config import MiKVConfig
 from mikv.cli.answer import AnswerOptions, answer
 from mikv.cli.progress import prefill_bar
+from mikv.cli.terminal import visible
 from mikv.integrations.transformers import MiKVCache
 from mikv.models import LoadedModel
 from tiny_chat import chat_model, chat_tokenizer, save_chat_model, write_gguf
@@ -39,7 +40,7 @@ def full_cache_answer(loaded, prompt, num_tokens):
 def test_the_answer_is_the_models_own_with_a_full_precision_cache(mikv, tiny_folder, exact_file, loaded):
     result = mikv("generate", "Hello you", "-m", tiny_folder, "--config", exact_file, "--max-new-tokens", 20)
     assert result.exit_code == 0
-    assert result.stdout == full_cache_answer(loaded, "Hello you", 20) + "\n"
+    assert result.stdout == visible(full_cache_answer(loaded, "Hello you", 20)) + "\n"
 
 
 def test_a_summary_goes_to_stderr(mikv, tiny_folder):

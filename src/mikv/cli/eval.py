@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mikv.cache_names import spellings
 from mikv.cli.measuring import bar, command_line, interruptible, on_sample
 from mikv.cli.options import ModelOption
+from mikv.cli.terminal import console
 from mikv.models import BUNDLED_MODEL
 from mikv.records import Record, require_writable
 
@@ -97,17 +97,17 @@ def eval(
 
 def _print(records: Sequence[Record]) -> None:
     """A table per task; then what was skipped and what the columns mean."""
-    console = Console(highlight=False)
+    out = console()
     for task in dict.fromkeys(record["task"] for record in records):
-        console.print(_table(task, [record for record in records if record["task"] == task]))
-        console.print()
+        out.print(_table(task, [record for record in records if record["task"] == task]))
+        out.print()
     for record in records:
         if record["skipped"] is not None:
             line = f"skipped: {record['task']} through {record['cache']}: {record['skipped']}"
-            console.print(line, style="yellow", markup=False, soft_wrap=True)
+            out.print(line, style="yellow", soft_wrap=True)
     reference = records[0]["reference"]
     against = "the full cache" if reference is None else f"{reference} with the full cache"
-    console.print(
+    out.print(
         "score: from 0 to 1 ± its standard error\n"
         "of fp16: all bytes of the cache as a share of the full cache in 16-bit floats\n"
         f"KL, top-1: distance to {against}, over given tokens read through the cache",

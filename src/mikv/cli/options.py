@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from mikv.cache.config import PRESETS, MiKVConfig
+from mikv.cli.terminal import spinner
 from mikv.errors import ConfigError
 from mikv.models import BUNDLED_MODEL, LoadedModel, load_model
 
@@ -61,8 +61,5 @@ class CacheChoice:
 
 def load_for_cli(name: str, *, quiet: bool = False) -> LoadedModel:
     """`load_model`, with its steps behind a spinner if stderr is a terminal and `quiet` is False."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        return load_model(name)
-    with console.status("") as status:
-        return load_model(name, on_progress=status.update)
+    with spinner(quiet=quiet) as show:
+        return load_model(name, on_progress=show)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from mikv.cli.terminal import console
 from mikv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -100,20 +100,20 @@ def _print(facts: Mapping[str, Any], plans: Sequence["Plan"], with_constants: bo
     """The devices, a column per plan, notes, constants."""
     from mikv.plan.tables import plan_rows
 
-    console = Console(highlight=False)
-    console.print(
+    out = console()
+    out.print(
         f"{facts['model']} on {facts['device']}: {facts['memory_bytes_per_gpu'] / 2**30:.0f} GiB, "
         f"{facts['gbps']:,.0f} GB/s, {facts['tflops']:.3g} TFLOPS\n"
         f"batch {facts['batch']}, {facts['context']:,} tokens each; every number is an estimate",
         markup=False,
     )
-    console.print(_table(("", *(one.name for one in plans)), plan_rows(plans)))
+    out.print(_table(("", *(one.name for one in plans)), plan_rows(plans)))
     for note in dict.fromkeys(note for one in plans for note in one.notes()):
-        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+        out.print(f"note: {note}", style="yellow", soft_wrap=True)
     if with_constants:
-        console.print(_constants_table(facts["constants"]))
+        out.print(_constants_table(facts["constants"]))
     else:
-        console.print("--constants lists what is assumed, with sources; --efficiency changes it", style="dim")
+        out.print("--constants lists what is assumed, with sources; --efficiency changes it", style="dim")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
@@ -146,8 +146,8 @@ def _show_claims(model: str | None, plot: Path | None, as_json: bool) -> None:
         records = [claim_record(one) for one in found] + [published_record(row) for row in published]
         typer.echo(json.dumps({"estimate": True, "rows": records, "findings": findings(found)}))
         return
-    console = Console(highlight=False)
-    console.print(_table(*claim_table(found), "nuQmm's claim, GPT-3 175B on A100-80: how many times less"))
+    out = console()
+    out.print(_table(*claim_table(found), "nuQmm's claim, GPT-3 175B on A100-80: how many times less"))
     for finding in findings(found):
-        console.print(f"- {finding}", markup=False)
-    console.print(_table(*published_table(published), "LUT-GEMM's tables, ms per token on A100-80"))
+        out.print(f"- {finding}")
+    out.print(_table(*published_table(published), "LUT-GEMM's tables, ms per token on A100-80"))

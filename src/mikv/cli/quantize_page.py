@@ -9,8 +9,9 @@ from statistics import fmean
 from textwrap import fill
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from mikv.cli.terminal import console
 
 Layer = Mapping[str, Any]
 
@@ -25,9 +26,9 @@ _MEANING = {
 
 def show_tables(result: Mapping[str, Any]) -> None:
     """Print the tables and where the model is."""
-    console, layers = Console(highlight=False), result["layers"]
+    out, layers = console(), result["layers"]
     title = f"{result['model']} by {result['method']}, {result['bits_per_weight']:.2f} bits per weight with scales"
-    console.print(title, style="italic", soft_wrap=True)
+    out.print(title, style="italic", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(("layers", "count", "bits", "error", "worst", "s")):
         table.add_column(column, justify="right" if i else "left")
@@ -39,11 +40,11 @@ def show_tables(result: Mapping[str, Any]) -> None:
         table.add_row(
             kind, str(len(own)), f"{bits:.2f}", f"{fmean(errors):.1%}", f"{max(errors):.1%}", f"{seconds:.1f}"
         )
-    console.print(table)
+    out.print(table)
     worst = sorted(layers, key=relative_error, reverse=True)[:_NUM_WORST]
-    console.print("largest errors: " + ", ".join(f"{layer['name']} {relative_error(layer):.1%}" for layer in worst))
-    console.print(f"{_MEANING[result['calibration'] != 'none']}, relative to its own length", style="dim")
-    console.print(
+    out.print("largest errors: " + ", ".join(f"{layer['name']} {relative_error(layer):.1%}" for layer in worst))
+    out.print(f"{_MEANING[result['calibration'] != 'none']}, relative to its own length", style="dim")
+    out.print(
         f"{result['bytes_before'] / 2**20:,.1f} MiB in memory before, {result['bytes_after'] / 2**20:,.1f} MiB in "
         f"{result['out']}; {result['seconds']:.0f} s. Use it as --model {result['out']}",
         soft_wrap=True,
