@@ -155,6 +155,15 @@ def test_a_prompt_that_is_not_text_is_refused(refused, tmp_path):
     assert "is not UTF-8 text" in refused("generate", "--prompt-file", tmp_path / "bytes")
 
 
+def test_a_prompt_without_end_is_refused(refused):
+    assert "is longer than 64 MiB" in refused("generate", "--prompt-file", "/dev/zero")
+
+
+@pytest.mark.parametrize("name", [".", "x" * 5000])
+def test_a_prompt_file_that_cannot_be_one_is_refused(refused, name):
+    assert "cannot read the prompt" in refused("generate", "--prompt-file", name)
+
+
 def test_a_model_without_chat_template_points_to_raw(refused, wordless_folder):
     assert "has no chat template; use `mikv generate --raw`" in refused("generate", "hi", "-m", wordless_folder)
 

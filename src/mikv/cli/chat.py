@@ -6,9 +6,8 @@ Nothing that is typed ends it with an error, and Ctrl-C never ends it: it stops 
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from mikv.cli.options import (
     TemperatureOption,
     load_for_cli,
 )
+from mikv.cli.prompt import Interrupts, messages, say
 from mikv.cli.terminal import console, writer
 from mikv.errors import ConfigError, MiKVError
 from mikv.models import BUNDLED_MODEL, find_model
@@ -80,6 +80,7 @@ class Chat:
     def __init__(self, conversation: "Conversation", options: "AnswerOptions") -> None:
         self.conversation, self.options = conversation, options
         self.out, self.err = console(), console(stderr=True)
+        self.interrupts = Interrupts()
         self.commands: dict[str, Callable[[str], None]] = {
             "/memory": self._memory,
             "/save": self._save,
@@ -92,11 +93,9 @@ class Chat:
 
     def run(self) -> None:
         """Until /exit or the end of stdin."""
-        from mikv.cli.prompt import messages
-
         self._note(f"{self.conversation.loaded.name}; /help lists the commands, Ctrl-D leaves")
-        with _on_interrupt(_say_how_to_leave):
-            for message in messages([*self.commands, "/exit"], _say_how_to_leave):
+        with _on_interrupt(self.interrupts):
+            for message in messages([*self.commands, "/exit"], self.interrupts):
                 if message == "/exit":
                     return
                 self._try(message)
@@ -130,7 +129,7 @@ class Chat:
         conversation, before = self.conversation, self.conversation.token_ids
         num_new = len(conversation.next_token_ids(text)) - conversation.cache.get_seq_length()
         try:
-            with _interruptible() as stop, prefill_bar(conversation.loaded.model, num_new, stop=stop):
+            with _interruptible(self.interrupts) as stop, prefill_bar(conversation.loaded.model, num_new, stop=stop):
                 result = conversation.say(text, replace(self.options, stop=stop))
         except KeyboardInterrupt:
             kept = "" if conversation.token_ids is not before else "; neither it nor your message is kept"
@@ -183,9 +182,9 @@ class Chat:
 
 
 @contextmanager
-def _on_interrupt(react: Callable[[], None]) -> Iterator[None]:
+def _on_interrupt(react: Callable[..., None]) -> Iterator[None]:
     """Meanwhile Ctrl-C calls `react` and interrupts nothing by itself."""
-    former = signal.signal(signal.SIGINT, lambda *_: react())
+    former = signal.signal(signal.SIGINT, react)
     try:
         yield
     finally:
@@ -193,30 +192,23 @@ def _on_interrupt(react: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks the answer to stop, which it does after the layer or token under way; a second one breaks it off."""
-    count = 0
+def _interruptible(before: Interrupts | None = None) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks the answer to stop, which it does after the layer or token under way; a second one breaks it off.
 
-    def ask() -> None:
-        nonlocal count
-        count += 1
-        if count == 1:
-            _say("stopping; once more breaks off")
-        elif count == 2:  # and never again: what cleans up is not to be interrupted
+    Those that came `before`, since there is a message, ask too.
+    """
+    presses = 0
+
+    def ask(*_: object) -> None:
+        nonlocal presses
+        presses += 1
+        if presses == 1:
+            say("stopping; once more breaks off")
+        elif presses == 2:  # and never again: what cleans up is not to be interrupted
             raise KeyboardInterrupt
 
     with _on_interrupt(ask):
-        yield lambda: count > 0
-
-
-def _say_how_to_leave() -> None:
-    _say("Ctrl-D or /exit leaves")
-
-
-def _say(text: str) -> None:
-    """Straight to stderr: a signal may come in the middle of whatever a console does."""
-    with suppress(RuntimeError, OSError, ValueError):
-        print(f"\n{text}", file=sys.stderr, flush=True)
+        yield lambda: presses > 0 or (before is not None and before.early > 0)
 
 
 def _text(typed: str) -> str:

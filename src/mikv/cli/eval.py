@@ -15,13 +15,17 @@ from mikv.cli.terminal import console
 from mikv.models import BUNDLED_MODEL
 from mikv.records import Record, require_writable
 
+TASKS = (  # known without PyTorch
+    *("line-retrieval", "passkey", "needle", "variable-tracking", "multi-key", "multi-turn", "system-prompt"),
+    *("humaneval", "text"),
+)
 DEFAULT_CACHES = ("full", "mikv:balanced")
 
 
 def eval(
     tasks: Annotated[
         list[str],
-        typer.Argument(metavar="TASK...", help="NAME or NAME:option=value,option=value. A wrong one lists all."),
+        typer.Argument(metavar="TASK...", help=f"NAME or NAME:option=value,option=value, of {', '.join(TASKS)}."),
     ],
     model: ModelOption = BUNDLED_MODEL,
     caches: Annotated[

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from mikv.cache.config import HIGH_FORMATS
 from mikv.cli.measuring import bar, command_line, interruptible, on_sample
 from mikv.cli.options import ModelOption
 from mikv.cli.terminal import console
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mikv.lab.evaluate import Finished, OnSample
     from mikv.lab.sweep import Arm, Choice, Outcome, Sweep
 
+POLICIES = ("far", "h2o", "key_norm", "normalized", "random", "recency", "snapkv", "window")  # known without PyTorch
 _ESTIMATE_AFTER = 10.0  # seconds of measuring, and five results
 _LEAST_RESULTS = 5
 
@@ -32,13 +34,15 @@ def sweep(
     ratios: Annotated[str, typer.Option(help="Importance ratios; uniform caches, with 0, are added.")] = (
         "0.05,0.08,0.12,0.2"
     ),
-    high: Annotated[str, typer.Option(help="Formats of the high tier.")] = "int8,int4",
+    high: Annotated[str, typer.Option(help=f"Formats of the high tier, of {', '.join(HIGH_FORMATS)}.")] = "int8,int4",
     low: Annotated[str, typer.Option(help="Bits of keys and values in the low tier.")] = "K4V4,K4V3,K3V3,K3V2,K2V2",
     transforms: Annotated[
         str | None, typer.Option(help="Of all, no-centering, no-balancer, no-hadamard, none. [default: as --base]")
     ] = None,
     roundings: Annotated[str | None, typer.Option(help="Of feedback, nearest. [default: as --base]")] = None,
-    policies: Annotated[str | None, typer.Option(help="Importance policies by name. [default: as --base]")] = None,
+    policies: Annotated[
+        str | None, typer.Option(help=f"Importance policies, of {', '.join(POLICIES)}. [default: as --base]")
+    ] = None,
     layers: Annotated[
         str,
         typer.Option(
@@ -49,7 +53,11 @@ def sweep(
     base: Annotated[str, typer.Option(help="The cache that has all other settings.")] = "mikv:balanced",
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--task", help="What to measure on; repeat it for more. [default: prose and code, split tune]"),
+        typer.Option(
+            "--task",
+            help="What to measure on, such as text:kind=code (mikv eval --help lists all); repeat it for more. "
+            "[default: prose and code, split tune]",
+        ),
     ] = None,
     also: Annotated[
         list[str] | None, typer.Option("--cache", help="A cache to measure besides, such as kivi2; repeat it for more.")
