@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mikv.cli.terminal import console
+from mikv.cli import terminal
 from mikv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -100,20 +100,20 @@ def _print(facts: Mapping[str, Any], plans: Sequence["Plan"], with_constants: bo
     """The devices, a column per plan, notes, constants."""
     from mikv.plan.tables import plan_rows
 
-    out = console()
-    out.print(
+    console = terminal.console()
+    console.print(
         f"{facts['model']} on {facts['device']}: {facts['memory_bytes_per_gpu'] / 2**30:.0f} GiB, "
         f"{facts['gbps']:,.0f} GB/s, {facts['tflops']:.3g} TFLOPS\n"
         f"batch {facts['batch']}, {facts['context']:,} tokens each; every number is an estimate",
         markup=False,
     )
-    out.print(_table(("", *(one.name for one in plans)), plan_rows(plans)))
+    console.print(_table(("", *(one.name for one in plans)), plan_rows(plans)))
     for note in dict.fromkeys(note for one in plans for note in one.notes()):
-        out.print(f"note: {note}", style="yellow", soft_wrap=True)
+        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     if with_constants:
-        out.print(_constants_table(facts["constants"]))
+        console.print(_constants_table(facts["constants"]))
     else:
-        out.print("--constants lists what is assumed, with sources; --efficiency changes it", style="dim")
+        console.print("--constants lists what is assumed, with sources; --efficiency changes it", style="dim")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
@@ -146,8 +146,8 @@ def _show_claims(model: str | None, plot: Path | None, as_json: bool) -> None:
         records = [claim_record(one) for one in found] + [published_record(row) for row in published]
         typer.echo(json.dumps({"estimate": True, "rows": records, "findings": findings(found)}))
         return
-    out = console()
-    out.print(_table(*claim_table(found), "nuQmm's claim, GPT-3 175B on A100-80: how many times less"))
+    console = terminal.console()
+    console.print(_table(*claim_table(found), "nuQmm's claim, GPT-3 175B on A100-80: how many times less"))
     for finding in findings(found):
-        out.print(f"- {finding}")
-    out.print(_table(*published_table(published), "LUT-GEMM's tables, ms per token on A100-80"))
+        console.print(f"- {finding}", markup=False)
+    console.print(_table(*published_table(published), "LUT-GEMM's tables, ms per token on A100-80"))

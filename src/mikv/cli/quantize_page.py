@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mikv.cli.terminal import console
+from mikv.cli import terminal
 
 Layer = Mapping[str, Any]
 
@@ -26,9 +26,9 @@ _MEANING = {
 
 def show_tables(result: Mapping[str, Any]) -> None:
     """Print the tables and where the model is."""
-    out, layers = console(), result["layers"]
+    console, layers = terminal.console(), result["layers"]
     title = f"{result['model']} by {result['method']}, {result['bits_per_weight']:.2f} bits per weight with scales"
-    out.print(title, style="italic", soft_wrap=True)
+    console.print(title, style="italic", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(("layers", "count", "bits", "error", "worst", "s")):
         table.add_column(column, justify="right" if i else "left")
@@ -40,11 +40,11 @@ def show_tables(result: Mapping[str, Any]) -> None:
         table.add_row(
             kind, str(len(own)), f"{bits:.2f}", f"{fmean(errors):.1%}", f"{max(errors):.1%}", f"{seconds:.1f}"
         )
-    out.print(table)
+    console.print(table)
     worst = sorted(layers, key=relative_error, reverse=True)[:_NUM_WORST]
-    out.print("largest errors: " + ", ".join(f"{layer['name']} {relative_error(layer):.1%}" for layer in worst))
-    out.print(f"{_MEANING[result['calibration'] != 'none']}, relative to its own length", style="dim")
-    out.print(
+    console.print("largest errors: " + ", ".join(f"{layer['name']} {relative_error(layer):.1%}" for layer in worst))
+    console.print(f"{_MEANING[result['calibration'] != 'none']}, relative to its own length", style="dim")
+    console.print(
         f"{result['bytes_before'] / 2**20:,.1f} MiB in memory before, {result['bytes_after'] / 2**20:,.1f} MiB in "
         f"{result['out']}; {result['seconds']:.0f} s. Use it as --model {result['out']}",
         soft_wrap=True,
