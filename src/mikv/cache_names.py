@@ -7,12 +7,12 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mikv.cache.config import PRESETS, MiKVConfig
+from mikv.choices import did_you_mean
 from mikv.errors import ConfigError
 from mikv.lab.baselines.held_bytes import held_bytes
 from mikv.lab.baselines.kivi import kivi
@@ -63,9 +63,8 @@ def parse_cache(name: str, also: Sequence[str] = ()) -> NamedCache:
     if family.startswith(_PRESS):
         return _pressed(name, family.removeprefix(_PRESS), _share(name, share))
     known = (*_PLAIN, *(f"{family}@0.25" for family in _EVICTING), *(f"mikv:{preset}" for preset in PRESETS), *also)
-    near = get_close_matches(name, known, n=2)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ConfigError(f"unknown cache {name!r}; {hint}the caches are {', '.join((*spellings(), *also))}")
+    near = did_you_mean(name, known)
+    raise ConfigError(f"unknown cache {name!r}{near or ';'} the caches are {', '.join((*spellings(), *also))}")
 
 
 def split_names(names: str) -> tuple[str, ...]:
@@ -233,11 +232,10 @@ def _mikv(name: str) -> NamedCache:
     """`mikv:PRESET` or `mikv:FILE.json`, and settings that differ from it."""
     base, *overrides = _NEXT_SETTING.split(name.removeprefix("mikv:"))
     if not base.endswith(".json") and base not in PRESETS:
-        near = get_close_matches(base, PRESETS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = did_you_mean(base, PRESETS)
         raise ConfigError(
-            f"unknown preset {base!r} in {name!r}; {hint}the presets are {', '.join(PRESETS)}, and mikv:FILE.json "
-            "reads a configuration written with MiKVConfig.to_json"
+            f"unknown preset {base!r} in {name!r}{near or ';'} the presets are {', '.join(PRESETS)}, and "
+            "mikv:FILE.json reads a configuration written with MiKVConfig.to_json"
         )
     config = MiKVConfig.from_file(base) if base.endswith(".json") else MiKVConfig.preset(base)
     if not overrides:

@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mikv.errors import ConfigError, ModelNotFoundError
+from mikv.choices import require_one_of
+from mikv.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
     import torch
@@ -88,8 +89,8 @@ def readable_source(
 
 def require_dtype(dtype: str | None) -> None:
     """Raise ConfigError if --dtype is given and none of DTYPES."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype is not None:
+        require_one_of("--dtype", dtype, DTYPES)
 
 
 def dtype_name(config: "PreTrainedConfig", wanted: str | None) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 from mikv.cache.accounting import cache_bytes
 from mikv.cache.config import BEST_FIRST, MiKVConfig
 from mikv.cache.geometry import CacheGeometry
-from mikv.cache.settings import is_share, require_count, shown
+from mikv.cache.settings import is_share, require_count
+from mikv.choices import shown
 from mikv.errors import ConfigError, UnsupportedModelError
 from mikv.formats import BLOCK_TOKENS
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from mikv.cache.layer_ranges import range_of_each, require_disjoint
-from mikv.cache.settings import is_count, is_share, is_span, merged, require_choice, require_count, shown, tuple_of
+from mikv.cache.settings import is_count, is_share, is_span, merged, require_count, tuple_of
+from mikv.choices import did_you_mean, require_one_of, shown
 from mikv.errors import ConfigError
 
 logger = logging.getLogger("mikv")
@@ -89,12 +90,12 @@ class MiKVConfig:
         self._check_layer_settings()
 
     def _check_choices(self) -> None:
-        require_choice("high", self.high, HIGH_FORMATS)
-        require_choice("low_k", self.low_k, LOW_FORMATS)
-        require_choice("low_v", self.low_v, LOW_FORMATS)
-        require_choice("high_grid", self.high_grid, HIGH_GRIDS)
-        require_choice("low_grid", self.low_grid, LOW_GRIDS)
-        require_choice("key_rounding", self.key_rounding, KEY_ROUNDINGS)
+        require_one_of("high", self.high, HIGH_FORMATS)
+        require_one_of("low_k", self.low_k, LOW_FORMATS)
+        require_one_of("low_v", self.low_v, LOW_FORMATS)
+        require_one_of("high_grid", self.high_grid, HIGH_GRIDS)
+        require_one_of("low_grid", self.low_grid, LOW_GRIDS)
+        require_one_of("key_rounding", self.key_rounding, KEY_ROUNDINGS)
         if (self.low_k == "drop") != (self.low_v == "drop"):
             raise ConfigError(
                 f"low_k={self.low_k!r} with low_v={self.low_v!r}: a token is dropped with both its key and its value; "
@@ -204,8 +205,9 @@ class MiKVConfig:
         known = {f.name for f in fields(cls)} | {"low"}
         if not isinstance(settings, Mapping):
             raise ConfigError(f"the settings must be a mapping of names to values, got {shown(settings)}")
-        if unknown := sorted(shown(name) for name in settings if name not in known):
-            raise ConfigError(f"unknown setting {unknown[0]}; the settings are {', '.join(sorted(known))}")
+        if unknown := sorted((name for name in settings if name not in known), key=shown):
+            near = did_you_mean(unknown[0], known)
+            raise ConfigError(f"unknown setting {shown(unknown[0])}; the settings are {', '.join(sorted(known))}{near}")
         return cls(**settings)
 
     @classmethod
@@ -234,7 +236,8 @@ class MiKVConfig:
     def preset(cls, name: str) -> Self:
         """A named preset: paper-int2 | paper-int3 | paper-int4 | lossless | balanced | small."""
         if not isinstance(name, str) or name not in PRESETS:
-            raise ConfigError(f"unknown preset {shown(name)}; the presets are {', '.join(PRESETS)}")
+            near = did_you_mean(name, PRESETS)
+            raise ConfigError(f"unknown preset {shown(name)}; the presets are {', '.join(PRESETS)}{near}")
         return cls(**PRESETS[name])
 
     @classmethod

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from itertools import pairwise
 
-from mikv.cache.settings import shown
+from mikv.choices import shown
 from mikv.errors import ConfigError
 
 _RANGE = re.compile(r"(-?[0-9]{1,4})(?:-(-?[0-9]{1,4}))?")  # no model has 10,000 layers

@@ -1,27 +1,12 @@
-"""What the value of a setting may be: a share, a count, a span of tokens, a choice. Knows no configuration.
-
-Shows values in messages, whatever they are: a list of 100,000 spans or a number of 5,000 digits is cut.
-"""
+"""What the value of a setting may be: a share, a count, a span of tokens. Knows no configuration."""
 
 from collections.abc import Callable, Iterable
-from reprlib import Repr
 from typing import Any
 
+from mikv.choices import shown
 from mikv.errors import ConfigError
 
 MOST = 2**31 - 1  # positions of tokens are 32-bit integers
-
-_SHORT = Repr()
-_SHORT.maxstring = _SHORT.maxother = 120
-_SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 12
-
-
-def shown(value: object) -> str:
-    """`repr`, cut to what fits into a line."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # whole numbers of more than 4,300 digits have no text
-        return f"a {type(value).__name__} that is too large to print"
 
 
 def is_share(value: object) -> bool:
@@ -37,12 +22,6 @@ def is_count(value: object) -> bool:
 def is_span(value: object) -> bool:
     """(start, stop) of tokens, at least one."""
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_count, value)) and value[0] < value[1]
-
-
-def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `value` is one of `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{name}={shown(value)} is not one of {', '.join(choices)}")
 
 
 def require_count(name: str, value: object, least: int = 0, most: int = MOST, unit: str = "tokens") -> None:

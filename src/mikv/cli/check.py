@@ -4,12 +4,13 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mikv.cache.config import PRESETS, MiKVConfig
 from mikv.cli.measuring import bar
 from mikv.cli.options import ModelOption, TrustOption, load_for_cli
+from mikv.cli.terminal import console
 from mikv.errors import ConfigError
 from mikv.models import BUNDLED_MODEL
 
@@ -48,14 +49,14 @@ def check(
 
 
 def _print(report: "Report") -> None:
-    console = Console(highlight=False)
-    console.print(_findings_table(report))
-    console.print("each: value / limit, compared with the full cache on the same samples", style="dim")
-    console.print(_criteria(report), style="dim", soft_wrap=True)
-    console.print()
-    console.print(_bytes_table(report))
+    out = console()
+    out.print(_findings_table(report))
+    out.print("each: value / limit, compared with the full cache on the same samples", style="dim")
+    out.print(_criteria(report), style="dim", soft_wrap=True)
+    out.print()
+    out.print(_bytes_table(report))
     for line in (*_notes(report), _conclusion(report)):
-        console.print(line, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
 
 
 def _findings_table(report: "Report") -> Table:
@@ -82,15 +83,15 @@ def _criteria(report: "Report") -> str:
     )
 
 
-def _cell(verdict: "Verdict", index: int) -> str:
+def _cell(verdict: "Verdict", index: int) -> Text:
     """The value and its limit."""
     if verdict.skipped is not None:
-        return "-"
+        return Text("-")
     finding = verdict.findings[index]
     color = "green" if finding.passed else "red"
     if finding.criterion == "KL":
-        return f"[{color}]{finding.value:.4f}[/] / {finding.limit:g}"
-    return f"[{color}]{finding.value:.1%}[/] / {finding.limit:.0%}"
+        return Text.assemble((f"{finding.value:.4f}", color), f" / {finding.limit:g}")
+    return Text.assemble((f"{finding.value:.1%}", color), f" / {finding.limit:.0%}")
 
 
 def _bytes_table(report: "Report") -> Table:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from mikv.cache.config import PRESETS, MiKVConfig
 from mikv.cache.geometry import context_length
 from mikv.cache.settings import MOST
+from mikv.cli.terminal import console, spinner
 from mikv.errors import ConfigError
 from mikv.models import BUNDLED_MODEL, LoadedModel, load_model
 
@@ -95,14 +95,11 @@ class CacheChoice:
             if smallest is None:
                 raise
             chosen, line = smallest, f"{error}; using {smallest.preset!r}"
-        Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+        console(stderr=True).print(line, style="dim", soft_wrap=True)
         return MiKVConfig.preset(chosen.preset)
 
 
 def load_for_cli(name: str, *, quiet: bool = False, trust_remote_code: bool = False) -> LoadedModel:
     """`load_model`, with its steps behind a spinner if stderr is a terminal and `quiet` is False."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        return load_model(name, trust_remote_code=trust_remote_code)
-    with console.status("") as status:
-        return load_model(name, on_progress=status.update, trust_remote_code=trust_remote_code)
+    with spinner(quiet=quiet) as show:
+        return load_model(name, on_progress=show, trust_remote_code=trust_remote_code)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from mikv.cli import terminal
 from mikv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _print(facts: Mapping[str, Any], plans: Sequence["Plan"], with_constants: bo
     """The devices, a column per plan, notes, constants."""
     from mikv.plan.tables import plan_rows
 
-    console = Console(highlight=False)
+    console = terminal.console()
     console.print(
         f"{facts['model']} on {facts['device']}: {facts['memory_bytes_per_gpu'] / 2**30:.0f} GiB, "
         f"{facts['gbps']:,.0f} GB/s, {facts['tflops']:.3g} TFLOPS\n"
@@ -161,7 +161,7 @@ def _show_claims(model: str | None, plot: Path | None, as_json: bool) -> None:
         records = [claim_record(one) for one in found] + [published_record(row) for row in published]
         typer.echo(json.dumps({"estimate": True, "rows": records, "findings": findings(found)}))
         return
-    console = Console(highlight=False)
+    console = terminal.console()
     console.print(_table(*claim_table(found), "nuQmm's claim, GPT-3 175B on A100-80: how many times less"))
     for finding in findings(found):
         console.print(f"- {finding}", markup=False)

@@ -6,6 +6,7 @@ from mikv.cache.accounting import cache_bytes
 from mikv.cache.config import PRESETS, MiKVConfig
 from mikv.cache.geometry import FP16_BYTES, CacheGeometry
 from mikv.cache_names import parse_cache
+from mikv.choices import did_you_mean
 from mikv.errors import ConfigError
 
 _MOST_BITS = 32
@@ -57,7 +58,8 @@ def _named(name: str) -> CacheFormat:
     except ConfigError as error:
         if name.startswith("mikv:"):
             raise
-        raise ConfigError(f"--cache {name!r} is not one of {', '.join(SPELLINGS)}") from error
+        near = did_you_mean(name, SPELLINGS)
+        raise ConfigError(f"--cache {name!r} is not one of {', '.join(SPELLINGS)}{near}") from error
     if config is None:
         raise ConfigError(f"--cache {name!r}: how many bits it takes is not known; give them as a number instead")
     return CacheFormat(name, config)

@@ -6,7 +6,8 @@ What lacks is refused by name (UnsupportedModelError: nothing is guessed), what 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mikv.cache.settings import is_count, shown
+from mikv.cache.settings import is_count
+from mikv.choices import shown
 from mikv.errors import CheckpointError, UnsupportedModelError
 from mikv.plan.built import FAMILIES as BUILT
 

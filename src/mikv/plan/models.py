@@ -1,11 +1,11 @@
 """Models by name: shapes that are published, configuration files, folders, GGUF files and ids of the hub."""
 
 import json
-from difflib import get_close_matches
 from os.path import isfile
 from pathlib import Path
 from typing import Any
 
+from mikv.choices import did_you_mean
 from mikv.errors import CheckpointError, ModelNotFoundError
 from mikv.plan.hub_config import shape_of_config
 from mikv.plan.shapes import ModelShape
@@ -128,7 +128,7 @@ def _configuration(name: str) -> dict[str, Any]:
     try:
         source = find_model(name)
     except ModelNotFoundError as error:
-        raise ModelNotFoundError(f"{error}; {_named(name)}") from error
+        raise ModelNotFoundError(f"{error}{_named(name)}") from error
     if isinstance(source, Path):
         return _read(source / "config.json")
     from transformers import PreTrainedConfig
@@ -137,13 +137,13 @@ def _configuration(name: str) -> dict[str, Any]:
         return dict(PreTrainedConfig.get_config_dict(source)[0])
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(f"cannot find the model {name!r}: {reason}; {_named(name)}") from error
+        raise ModelNotFoundError(f"cannot find the model {name!r}: {reason}{_named(name)}") from error
 
 
 def _named(name: str) -> str:
-    near = get_close_matches(name.lower().split("/")[-1], NAMED, n=2)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"{hint}the shapes known by name are {', '.join(NAMED)}"
+    """The end of a message: which shapes could have been meant."""
+    near = did_you_mean(name.split("/")[-1], NAMED)
+    return f"{near or ';'} the shapes known by name are {', '.join(NAMED)}"
 
 
 def _read(path: Path) -> dict[str, Any]:

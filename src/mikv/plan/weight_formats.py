@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mikv.choices import did_you_mean
 from mikv.errors import ConfigError
 from mikv.weights.weight import MOST_BITS, num_groups, require_group_size
 
@@ -57,7 +58,8 @@ def parse_weights(name: str, group_size: int | None) -> WeightFormat:
     except ValueError:
         bits = 0.0
     if not 1 <= bits <= 2 * MOST_BITS:
-        raise ConfigError(f"--weights {name!r} is not one of {', '.join(SPELLINGS)}")
+        near = did_you_mean(name, SPELLINGS)
+        raise ConfigError(f"--weights {name!r} is not one of {', '.join(SPELLINGS)}{near}")
     return WeightFormat(f"{bits:g} bits", "lut", bits)
 
 

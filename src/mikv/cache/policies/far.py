@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mikv.cache.policies.normalized import Normalized
-from mikv.cache.settings import require_count, shown
+from mikv.cache.settings import require_count
+from mikv.choices import shown
 from mikv.errors import ConfigError
 
 

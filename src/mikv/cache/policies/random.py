@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mikv.cache.policies.base import ImportancePolicy
-from mikv.cache.settings import MOST, shown
+from mikv.cache.settings import MOST
+from mikv.choices import shown
 from mikv.errors import ConfigError
 
 
