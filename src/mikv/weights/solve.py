@@ -14,7 +14,8 @@ The hessian is the mean of x x^T over the layer's inputs x on calibration text: 
 trace((W - Q) H (W - Q)^T). Sources are named where the methods are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -78,15 +79,31 @@ def solve(weight: Tensor, bits: int, group_size: int | None, method: str, hessia
     return as_uniform(coded) if method == "rtn" else coded
 
 
+@contextmanager
+def in_layer(name: str) -> Iterator[None]:
+    """Let errors of solvers, which know matrices only, begin with the layer's name."""
+    try:
+        yield
+    except (ConfigError, NumericsError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def output_error(weight: Tensor, coded: BCQWeight, hessian: Tensor | None = None) -> float:
     """The mean squared error of the layer's output, relative to the output's mean square: trace(E H E^T) over W's.
 
-    Without a hessian that of the weights themselves.
+    Without a hessian that of the weights themselves. 0 where there is no output to be relative to: layers of zeros.
     """
-    difference = coded.dequantize() - weight
+    size = weight.abs().max()
+    if not bool(size > 0):
+        return 0.0
+    # whatever their size, squares neither overflow nor vanish
+    weight, difference = weight / size, (coded.dequantize() - weight) / size
     if hessian is None:
-        return float(difference.square().sum() / weight.square().sum().clamp_min(1e-30))
-    return float(((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum())
+        error, total = difference.square().sum(), weight.square().sum()
+    else:
+        hessian = hessian / hessian.abs().max().clamp_min(torch.finfo(hessian.dtype).tiny)
+        error, total = ((difference @ hessian) * difference).sum(), ((weight @ hessian) * weight).sum()
+    return float(error.clamp_min(0) / total) if bool(total > 0) else 0.0
 
 
 def column_importance(weight: Tensor, hessian: Tensor | None) -> Tensor:
