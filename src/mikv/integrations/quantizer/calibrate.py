@@ -87,7 +87,7 @@ def token_chunks(texts: Iterable[str], tokenizer: Any, max_tokens: int, sequence
             "calibration holds no text (or is a generator that was used up); pass a few thousand words, or "
             "calibration=None for none"
         )
-    tokens = torch.tensor(ids)
+    tokens = torch.tensor(ids, dtype=torch.long, device="cpu")
     length = min(sequence_length, len(tokens))
     return [chunk[None] for chunk in tokens.split(length) if len(chunk) == length]
 
@@ -132,7 +132,7 @@ def find_blocks(model: PreTrainedModel, chunks: list[Tensor]) -> Blocks | None:
     """The decoder blocks, if each gets what the one before returns, and else nothing that depends on the tokens."""
     depth = getattr(text_config(model.config), "num_hidden_layers", None)
     for prefix, modules in model.named_modules():
-        if isinstance(modules, nn.ModuleList) and len(modules) == depth:
+        if isinstance(modules, nn.ModuleList) and 0 < len(modules) == depth:
             records = [_record(model, list(modules), chunk) for chunk in chunks[:2]]
             if all(record is not None and _same(record, records[0]) for record in records):
                 return Blocks(prefix, list(modules), records[0] or [])
@@ -211,7 +211,7 @@ class _Mean:
     def add(self, y: Tensor, x: Tensor) -> None:
         """Tokens (n, K) each."""
         if self.total is None:
-            self.total = torch.zeros(y.shape[1], x.shape[1], device=x.device)
+            self.total = torch.zeros(y.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
         self.total.addmm_(y.T, x)
         self.count += len(x)
 

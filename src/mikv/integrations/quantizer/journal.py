@@ -89,7 +89,7 @@ class Journal:
 
     def keep_cost(self, name: str, cost: float) -> None:
         """Raises CheckpointError."""
-        self.costs.keep(name, {"cost": torch.tensor(cost, dtype=torch.float64)}, None)
+        self.costs.keep(name, {"cost": torch.tensor(cost, dtype=torch.float64, device="cpu")}, None)
 
 
 def _is_whole(file: Path) -> bool:

@@ -32,10 +32,12 @@ def require_readable(model: PreTrainedModel, names: Sequence[str], chunks: Seque
             read(model, chunk.to(model.device))
             if not all(_in_decoder(model, name) for name in unseen) or not unseen:
                 break
-    except IndexError as error:
+    except (IndexError, RuntimeError) as error:
+        if "out of" not in str(error) or "memory" in str(error):  # of range, of bounds
+            raise
         raise ConfigError(
             f"{type(model).__name__} cannot read {chunks[0].shape[1]} tokens at once ({error}); use a smaller "
-            "sequence_length"
+            "sequence_length, or no calibration"
         ) from error
     finally:
         for hook in hooks:
