@@ -6,6 +6,7 @@ packed    every token is in the high or the low tier; a step attends to both and
 """
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,7 +20,10 @@ from mikv.cache.packed import Packed
 from mikv.cache.policies import make_policy
 from mikv.cache.warm_up import ExactAttention, WarmUp
 from mikv.errors import CacheStateError, NumericsError
+from mikv.formats import too_small
 from mikv.ops import AttentionOptions
+
+logger = logging.getLogger("mikv")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,6 +123,13 @@ class TwoTierLayer:
         if isinstance(self.tokens, Packed):
             self.tokens.demote(self.columns)
         elif self.tokens is not None and max(self.columns.num_tokens) >= max(1, self.config.warmup_tokens):
+            for name, x in (("keys", self.tokens.tokens.keys), ("values", self.tokens.tokens.values)):
+                if (largest := too_small(x)) is not None:
+                    logger.warning(
+                        "layer %d: a head's %s are at most %.1g, too small for scales of 16 bits, and lose much of "
+                        "what they say; keep the layer exact with skip_layers=(%d,)",
+                        *(self.layer_idx, name, largest, self.layer_idx),
+                    )
             self.tokens = Packed.partition(self.tokens, self.columns)
 
     def hold_demotion(self) -> None:
