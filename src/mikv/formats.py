@@ -50,6 +50,7 @@ _GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
 # Candidate scales; a finer search gains 5 % of the squared error at 4 bits and less below.
 _SCALE_SEARCH = (0.75, 0.85, 0.95, 1.05)
 _BINS_PER_UNIT, _NUM_BINS = 64, 256
+_SMALLEST_SCALED = 2.0**-16
 # What is rounded with feedback is a little larger than the token itself.
 _FEEDBACK_ROOM = 1.05
 
@@ -349,6 +350,16 @@ def _round_to_nearest(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, T
     zero = _to_half(low, x, "zero-point")
     codes = ((x - zero.float()) / _nonzero(scale.float())).round_().clamp_(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, zero
+
+
+def too_small(x: Tensor) -> float | None:
+    """The largest number of that head of x (B, G, T, D), not zero, whose 16-bit scales keep hardly a digit, if any.
+
+    Below 2**-16 the scales of 8 bits are less than eight steps of the smallest 16-bit floats.
+    """
+    largest = x.abs().amax((-2, -1))  # (B, G)
+    small = largest[(largest > 0) & (largest < _SMALLEST_SCALED)]
+    return float(small.max()) if small.numel() else None
 
 
 def _nonzero(scale: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mikv.choices import did_you_mean
 from mikv.errors import ConfigError
-from mikv.weights.weight import MOST_BITS, num_groups, require_group_size
+from mikv.weights.weight import GROUP_STEP, MOST_BITS, num_groups, require_group_size
 
 _FLOATS = {"fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8}
 _UNIFORM = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
@@ -70,7 +70,8 @@ def parse_group_size(text: str) -> int | None:
     if not text.isdecimal() or len(text) > _MOST_DIGITS:
         raise ConfigError(f"--group-size {text!r} is neither row nor a multiple of 32 such as 128")
     size = int(text)
-    require_group_size(size + 1, size, "--group-size")
+    if size < GROUP_STEP or size % GROUP_STEP:
+        raise ConfigError(f"--group-size={size} is not a multiple of {GROUP_STEP}; use 32, 64, 128 or `row`")
     return size
 
 
