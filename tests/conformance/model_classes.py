@@ -22,7 +22,7 @@ VOCAB = 192
 FIRST_WORD, FIRST_SPECIAL = 8, 128  # words are between the tokens for padding and those for images and sounds
 WINDOW = 16
 POSITIONS = 512
-MOST_PARAMETERS = 12_000_000
+MOST_PARAMETERS = 40_000_000
 
 _MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
 
@@ -37,46 +37,69 @@ def model_classes() -> dict[str, str]:
     return dict(sorted(names.items()))
 
 
-# Fields by name: the first pattern that fits the whole name decides. A value that is None, or no number, stays.
+# Fields by name: the first pattern that fits the whole name decides. A number becomes no larger than this.
 _RULES: tuple[tuple[str, int], ...] = (
-    (r"vocab_size|decoder_vocab_size|vocab_size_per_layer_input", VOCAB),
-    (r"(max|n|left_max|right_max)_(\w+_)?position(s|_embeddings)|n_ctx|max_seq(uence)?_len(gth)?|seq_length", POSITIONS),
-    (r"max_(source|target)_positions", POSITIONS),
-    (r"(\w+_)?(num|n)_(hidden_|encoder_|decoder_|sparse_encoder_|sparse_decoder_|\w+_)?layers?", 2),
-    (r"(encoder|decoder)_layers|n_layer|n_layers|depth|resampler_depth|num_hidden_blocks", 2),
-    (r"(\w+_)?(num_)?(key_value|kv)_heads|num_kv_heads|num_query_groups|multi_query_group_num", KV_HEADS),
-    (r"(\w+_)?attention_heads|(\w+_)?num_heads|n_heads?|(\w+_)?n_heads", HEADS),
+    (r"(\w+_)?vocab_size|vocab_size_per_layer_input|mel_vocab_size", VOCAB),
+    (r"(\w+_)?position(s|_embeddings)|n_ctx|max_seq(uence)?_len(gth)?|seq_length", POSITIONS),
+    (r"num_layers_per_stack|num_sparse_\w+_layers|num_global_layers|num_mtp_layers|num_adapter_layers", 1),
+    (r"(\w+_)?(num|n)_(\w+_)?layers?|(en|de)coder_layers|depth|resampler_depth|num_hidden_blocks", 2),
+    (r"(\w+_)?(num_)?(key_value|kv)_heads|num_kv_heads|kv_n_heads", KV_HEADS),
+    (r"(\w+_)?attention_heads|(\w+_)?num_heads|(\w+_)?n_heads?", HEADS),
+    (r"rotary_dim|qk_rope_head_dim", HEAD_DIM // 2),
     (r"(\w+_)?head_dim|d_kv|kv_channels|(\w+_)?dim_head|attention_head_size|d_head|attention_head_dim", HEAD_DIM),
-    (r"n_routed_experts|(\w+_)?num_(local_)?experts|num_moe_experts", 4),
+    (r"n_routed_experts|(\w+_)?num_(local_)?experts|num_moe_experts|zero_expert_num", 4),
+    (r"index_topk(_blocks)?", 2 * WINDOW),
     (r"(num|n)_experts_per_tok(en)?|(\w+_)?top_?k|moe_topk|num_selected_experts", 2),
-    (r"n_group|topk_group|n_shared_experts|(\w+_)?num_shared_experts", 1),
-    (r"kv_lora_rank|q_lora_rank", 32),
-    (r"(\w+_)?intermediate_(size|dim)(_mlp)?|(\w+_)?ffn_dim|d_ff|ffn_dim|mlp_dim|n_inner|d_inner|(ffn|\w+)_hidden_size", HIDDEN),
-    (r"hidden_size|d_model|n_embd|(\w+_)?embed_dim|emb_dim|embedding_size|(\w+_)?embedding_(size|dim)|dim", HIDDEN),
-    (r"(\w+_)?hidden_(size|dim)|projection_dim|output_dim|lru_width", HIDDEN),
-    (r"(attention_)?(sliding_)?window(_size)?|sliding_window_size|attention_chunk_size|local_attention", WINDOW),
-    (r"image_size|crop_size", 56),
+    (r"n_group|topk_group|n_shared_experts|(\w+_)?num_shared_experts|num_codebooks", 1),
+    (r"(\w+_)?lora_rank|\w+_rank|d_rel", 32),
+    (r"(\w+_)?intermediate_(size|dim)(_mlp)?|(\w+_)?ffn_dim|d_ff|mlp_dim|n_inner|d_inner", HIDDEN),
+    (r"(\w+_)?hidden_(size|dim|dimension)|d_model|n_embd|(\w+_)?embed(s|ding)?_(dim|size)|emb_dim|dim", HIDDEN),
+    (r"projection_dim|output_dim|lru_width|(projector|pooler)_(in|out)put_\w+|hidden_size_global", HIDDEN),
+    (r"hidden_size_per_layer_input|codevector_dim|index_head_dim", HEAD_DIM),
+    (r"(\w+_)?(sliding_)?window(_size)?|attention_chunk_size|local_attention", WINDOW),
+    (r"(\w+_)?image_size|crop_size", 56),
 )
+# What some models cannot do without although it is None by default.
+_FILLED: dict[str, int] = {
+    "head_dim": HEAD_DIM,
+    "num_key_value_heads": KV_HEADS,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+}
 
 
 def tiny_config(config_class: type[PreTrainedConfig], own: Mapping[str, Any] | None = None) -> PreTrainedConfig:
     """A small configuration of that class; `own` are settings of the family, dotted for those of a part."""
-    own = dict(own or {}) | {}
+    own = {**_OWN.get(config_class.__name__, {}), **(own or {})}
     default = _default(config_class, own)
     settings: dict[str, Any] = {}
     specials = iter(range(FIRST_SPECIAL, VOCAB))
     for name in _field_names(config_class):
         value = default.__dict__.get(name)
         if isinstance(value, PreTrainedConfig):
-            parts = {key.partition(".")[2]: new for key, new in own.items() if key.startswith(f"{name}.")}
-            settings[name] = tiny_config(type(value), _own_settings(type(value)) | parts)
-        elif re.fullmatch(r"\w+_token_(id|index)", name) and isinstance(value, int):
+            prefix = f"{name}."
+            parts = {key.removeprefix(prefix): new for key, new in own.items() if key.startswith(prefix)}
+            settings[name] = tiny_config(type(value), parts)
+        elif re.fullmatch(r"\w+_token_(id|index)", name) and isinstance(value, (int, list)):
             settings[name] = next(specials)
         elif (small := _shrunk(name, value)) is not None:
             settings[name] = small
-    settings |= _kv_heads(default, settings) | _layer_kinds(default) | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "decoder_start_token_id": 1}
+    settings |= _kv_heads(default, settings) | _few_layers(default)
+    settings |= {"pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1}
     settings = {name: value for name, value in settings.items() if name in _field_names(config_class)}
-    return config_class(**settings | {key: value for key, value in own.items() if "." not in key})
+    return _without_windows(config_class, settings | {key: new for key, new in own.items() if "." not in key})
+
+
+def _without_windows(config_class: type[PreTrainedConfig], settings: dict[str, Any]) -> PreTrainedConfig:
+    """With full attention where a model has it only without a window (Mistral)."""
+    config = config_class(**settings)
+    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+        try:
+            return config_class(**settings | {"sliding_window": None})
+        except Exception:  # it insists on a window
+            return config
+    return config
 
 
 def _default(config_class: type[PreTrainedConfig], own: Mapping[str, Any]) -> PreTrainedConfig:
@@ -87,16 +110,14 @@ def _default(config_class: type[PreTrainedConfig], own: Mapping[str, Any]) -> Pr
 
 
 def _field_names(config_class: type[PreTrainedConfig]) -> list[str]:
-    base = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    base = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"is_decoder"}
     return [field.name for field in dataclasses.fields(config_class) if field.name not in base]
 
 
 def _shrunk(name: str, value: Any) -> Any:
     """A small value for the field, or None where it keeps its own."""
-    if name == "rope_parameters" or name == "rope_scaling":
-        return _shrunk_rope(value)
-    if name in ("initializer_range", "init_std", "initializer_factor"):
-        return None
+    if value is None:
+        return _FILLED.get(name)
     if isinstance(value, bool) or not isinstance(value, int):
         return None
     for pattern, small in _RULES:
@@ -105,40 +126,74 @@ def _shrunk(name: str, value: Any) -> Any:
     return None
 
 
-def _shrunk_rope(value: Any) -> Any:
-    """Sections of a rotary embedding over several axes have to fill half of a head."""
-    if not isinstance(value, dict):
-        return None
-    value = copy.deepcopy(value)
-    for part in (value, *(part for part in value.values() if isinstance(part, dict))):
-        if "mrope_section" in part:
-            part["mrope_section"] = [HEAD_DIM // 4, HEAD_DIM // 8, HEAD_DIM // 8]
-    return value
-
-
 def _kv_heads(default: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, Any]:
     """As many as there are query heads, where that is so by default."""
     heads, kv_heads = (default.__dict__.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
     return {"num_key_value_heads": settings["num_attention_heads"]} if heads and heads == kv_heads else {}
 
 
-def _layer_kinds(default: PreTrainedConfig) -> dict[str, Any]:
-    """Each kind of layer once, two if there is one kind."""
-    found: dict[str, Any] = {}
-    kinds = default.__dict__.get("layer_types")
-    if kinds:
-        few = list(dict.fromkeys(kinds))
-        found["layer_types"] = few * 2 if len(few) == 1 else few
-        found["num_hidden_layers"] = len(found["layer_types"])
-    return found
+def _few_layers(default: PreTrainedConfig) -> dict[str, Any]:
+    """The first layer of each kind, two if there is one kind: of every field that lists something per layer."""
+    num_layers = default.__dict__.get("num_hidden_layers")
+    lists = {
+        name: value
+        for name, value in default.__dict__.items()
+        if isinstance(value, (list, tuple)) and num_layers and len(value) == num_layers and num_layers > 4
+    }
+    names = [name for name in lists if all(isinstance(kind, str) for kind in lists[name])]
+    if not names:
+        return {}
+    first: dict[Any, int] = {}
+    for index, kind in enumerate(zip(*(lists[name] for name in names), strict=True)):
+        first.setdefault(kind, index)
+    chosen = sorted(first.values())[:4] if len(first) > 1 else [0, 1]
+    return {name: [value[i] for i in chosen] for name, value in lists.items()} | {"num_hidden_layers": len(chosen)}
+
+
+def _mrope(rotary: int = HEAD_DIM) -> dict[str, Any]:
+    """Rotary embeddings over three axes, which have to fill half of what is rotated."""
+    sections = [rotary // 2 - 2 * (rotary // 8), rotary // 8, rotary // 8]
+    partial = {} if rotary == HEAD_DIM else {"partial_rotary_factor": rotary / HEAD_DIM}
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections} | partial
 
 
 # What a family needs besides.
-_OWN: dict[str, dict[str, Any]] = {}
-
-
-def _own_settings(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    return _OWN.get(config_class.__name__, {})
+_OWN: dict[str, dict[str, Any]] = {
+    "BambaConfig": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 64},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": FIRST_SPECIAL}},
+    "CodeGenConfig": {"n_inner": HIDDEN},
+    "CohereCompassTextConfig": {"rope_parameters": {"full_attention": _mrope()}},
+    "DoryConfig": {
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_output_layers": 1,
+        "n_recurrent_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+    "Emu3Config": {"vocabulary_map": {"<|extra_200|>": FIRST_SPECIAL, "<image>": FIRST_SPECIAL + 1}},
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
+    "Gemma3nTextConfig": {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 1,
+        "intermediate_size": [HIDDEN] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "Glm4vTextConfig": {"rope_parameters": _mrope()},
+    "Glm4vMoeTextConfig": {"rope_parameters": _mrope(HEAD_DIM // 2)},
+    "Glm46VTextConfig": {"rope_parameters": _mrope()},
+    "GlmOcrTextConfig": {"rope_parameters": _mrope()},
+    "GraniteConfig": {"attention_multiplier": 0.15},
+    "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 4},
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "MambaConfig": {},
+    "Mamba2Config": {"num_heads": 8},
+    "PaddleOCRTextConfig": {"rope_parameters": _mrope()},
+    "Qwen2VLTextConfig": {"rope_parameters": _mrope()},
+    "Qwen2_5_VLTextConfig": {"rope_parameters": _mrope()},
+    "RecurrentGemmaConfig": {"num_hidden_layers": 3},
+    "ReformerConfig": {"is_decoder": True, "axial_pos_shape": (16, 32), "axial_pos_embds_dim": (32, 96)},
+}
 
 
 def tiny_model(class_name: str) -> PreTrainedModel:
@@ -146,7 +201,7 @@ def tiny_model(class_name: str) -> PreTrainedModel:
     model_type = model_classes()[class_name]
     model_class = getattr(transformers, class_name)
     config_class = model_class.config_class or CONFIG_MAPPING[model_type]
-    config = tiny_config(config_class, _own_settings(config_class))
+    config = tiny_config(config_class)
     with torch.device("meta"):
         size = sum(p.numel() for p in model_class._from_config(copy.deepcopy(config)).parameters())
     if size > MOST_PARAMETERS:
