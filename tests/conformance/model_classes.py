@@ -1,7 +1,7 @@
-"""Tiny random models of the classes that transformers can generate text with, shrunk by rules from their configurations.
+"""Tiny random models of the classes with which transformers generates text, shrunk by rules from their configurations.
 
-A configuration is shrunk field by field: what a field means is read off its name (layers, heads, experts, sizes, special
-tokens), and sub-configurations are shrunk alike. Families that have rules of their own stand in one table.
+A configuration is shrunk field by field: what a field means is read off its name (layers, heads, experts, sizes,
+special tokens), and sub-configurations are shrunk alike. Families that have rules of their own stand in one table.
 """
 
 import copy
@@ -41,7 +41,7 @@ def model_classes() -> dict[str, str]:
 _RULES: tuple[tuple[str, int], ...] = (
     (r"(\w+_)?vocab_size|vocab_size_per_layer_input|mel_vocab_size", VOCAB),
     (r"(\w+_)?position(s|_embeddings)|n_ctx|max_seq(uence)?_len(gth)?|seq_length", POSITIONS),
-    (r"num_layers_per_stack|num_sparse_\w+_layers|num_global_layers|num_mtp_layers|num_adapter_layers", 1),
+    (r"num_sparse_\w+_layers|num_global_layers|num_mtp_layers|num_adapter_layers", 1),
     (r"(\w+_)?(num|n)_(\w+_)?layers?|(en|de)coder_layers|depth|resampler_depth|num_hidden_blocks", 2),
     (r"(\w+_)?(num_)?(key_value|kv)_heads|num_kv_heads|kv_n_heads", KV_HEADS),
     (r"(\w+_)?attention_heads|(\w+_)?num_heads|(\w+_)?n_heads?", HEADS),
@@ -49,7 +49,7 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"(\w+_)?head_dim|d_kv|kv_channels|(\w+_)?dim_head|attention_head_size|d_head|attention_head_dim", HEAD_DIM),
     (r"n_routed_experts|(\w+_)?num_(local_)?experts|num_moe_experts|zero_expert_num", 4),
     (r"index_topk(_blocks)?", 2 * WINDOW),
-    (r"(num|n)_experts_per_tok(en)?|(\w+_)?top_?k|moe_topk|num_selected_experts", 2),
+    (r"(num|n)_experts_per_tok(en)?|(\w+_)?top_?k|moe_topk|moe_k|num_selected_experts", 2),
     (r"n_group|topk_group|n_shared_experts|(\w+_)?num_shared_experts|num_codebooks", 1),
     (r"(\w+_)?lora_rank|\w+_rank|d_rel", 32),
     (r"(\w+_)?intermediate_(size|dim)(_mlp)?|(\w+_)?ffn_dim|d_ff|mlp_dim|n_inner|d_inner", HIDDEN),
@@ -76,7 +76,7 @@ def tiny_config(config_class: type[PreTrainedConfig], own: Mapping[str, Any] | N
     settings: dict[str, Any] = {}
     specials = iter(range(FIRST_SPECIAL, VOCAB))
     for name in _field_names(config_class):
-        value = default.__dict__.get(name)
+        value = _stored(default, name)
         if isinstance(value, PreTrainedConfig):
             prefix = f"{name}."
             parts = {key.removeprefix(prefix): new for key, new in own.items() if key.startswith(prefix)}
@@ -85,7 +85,7 @@ def tiny_config(config_class: type[PreTrainedConfig], own: Mapping[str, Any] | N
             settings[name] = next(specials)
         elif (small := _shrunk(name, value)) is not None:
             settings[name] = small
-    settings |= _kv_heads(default, settings) | _few_layers(default)
+    settings |= _kv_heads(default) | _few_layers(default)
     settings |= {"pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1}
     settings = {name: value for name, value in settings.items() if name in _field_names(config_class)}
     return _without_windows(config_class, settings | {key: new for key, new in own.items() if "." not in key})
@@ -114,6 +114,11 @@ def _field_names(config_class: type[PreTrainedConfig]) -> list[str]:
     return [field.name for field in dataclasses.fields(config_class) if field.name not in base]
 
 
+def _stored(config: PreTrainedConfig, name: str) -> Any:
+    """The field's value; not by getattr, which refuses what may differ from layer to layer."""
+    return config.__dict__.get(config.attribute_map.get(name, name))
+
+
 def _shrunk(name: str, value: Any) -> Any:
     """A small value for the field, or None where it keeps its own."""
     if value is None:
@@ -126,15 +131,15 @@ def _shrunk(name: str, value: Any) -> Any:
     return None
 
 
-def _kv_heads(default: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, Any]:
+def _kv_heads(default: PreTrainedConfig) -> dict[str, Any]:
     """As many as there are query heads, where that is so by default."""
-    heads, kv_heads = (default.__dict__.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
-    return {"num_key_value_heads": settings["num_attention_heads"]} if heads and heads == kv_heads else {}
+    heads, kv_heads = (_stored(default, name) for name in ("num_attention_heads", "num_key_value_heads"))
+    return {"num_key_value_heads": HEADS} if heads and heads == kv_heads else {}
 
 
 def _few_layers(default: PreTrainedConfig) -> dict[str, Any]:
     """The first layer of each kind, two if there is one kind: of every field that lists something per layer."""
-    num_layers = default.__dict__.get("num_hidden_layers")
+    num_layers = _stored(default, "num_hidden_layers")
     lists = {
         name: value
         for name, value in default.__dict__.items()
@@ -161,7 +166,10 @@ def _mrope(rotary: int = HEAD_DIM) -> dict[str, Any]:
 _OWN: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 64},
     "ChameleonConfig": {"vocabulary_map": {"<image>": FIRST_SPECIAL}},
-    "CodeGenConfig": {"n_inner": HIDDEN},
+    "BltConfig": {"encoder_hash_byte_group_vocab": VOCAB},
+    "Cosmos3EdgeTextConfig": {"rope_parameters": _mrope()},
+    "DbrxConfig": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": _mrope()}},
     "DoryConfig": {
         "num_hidden_layers": 3,
@@ -184,15 +192,42 @@ _OWN: dict[str, dict[str, Any]] = {
     "Glm46VTextConfig": {"rope_parameters": _mrope()},
     "GlmOcrTextConfig": {"rope_parameters": _mrope()},
     "GraniteConfig": {"attention_multiplier": 0.15},
+    "Gemma4TextConfig": {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 1,
+    },
+    "Gemma4UnifiedTextConfig": {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 1,
+    },
     "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 4},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
-    "MambaConfig": {},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
+    "LongcatFlashConfig": {"qk_head_dim": HEAD_DIM + HEAD_DIM // 2, "head_dim": HEAD_DIM // 2},
+    "MinistralConfig": {"layer_types": ["sliding_attention", "full_attention"]},
+    "MoonshineConfig": {"encoder_num_key_value_heads": HEADS, "decoder_num_key_value_heads": HEADS},
+    "NemotronHConfig": {"n_groups": 1, "mamba_num_heads": 8},
     "Mamba2Config": {"num_heads": 8},
     "PaddleOCRTextConfig": {"rope_parameters": _mrope()},
+    "Qwen2_5OmniTextConfig": {"rope_parameters": _mrope()},
+    "Qwen2_5OmniThinkerConfig": {"vision_start_token_id": FIRST_SPECIAL + 30},
+    "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": FIRST_SPECIAL + 30},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": HEADS,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_DIM,
+        "indexer_budget": WINDOW,
+        "indexer_compress_ratio": 4,
+    },
     "Qwen2VLTextConfig": {"rope_parameters": _mrope()},
     "Qwen2_5_VLTextConfig": {"rope_parameters": _mrope()},
     "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "ReformerConfig": {"is_decoder": True, "axial_pos_shape": (16, 32), "axial_pos_embds_dim": (32, 96)},
+    "Step3p7TextConfig": {"sliding_window": WINDOW},
+    "XmodConfig": {"default_language": "en_XX"},
+    "ZambaConfig": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
 }
 
 
