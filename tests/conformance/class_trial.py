@@ -6,12 +6,13 @@ for bit, what it computed before. Knows nothing about which classes there are.
 """
 
 import inspect
+import io
 import logging
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -42,8 +43,8 @@ FINE = MiKVConfig(high="int8", low="int8")  # all parts of `balanced`, so fine t
 BALANCED = MiKVConfig.preset("balanced")
 # How far logits may be off, as the rms of the difference over their spread; garbage is near 1.
 NOISE = 2e-4  # other orders of float32 sums; they were 1e-6, and 0 where both are sdpa
-FINE_ROUNDING = 0.15  # .053 was the worst, of 190 classes
-ROUNDING = 0.7  # .57 was the worst; random models have no attention that forgives
+FINE_ROUNDING = 0.15  # .11 was the worst of 190 classes
+ROUNDING = 0.7  # .57 was the worst: random models have no attention that forgives
 CPU_SECONDS = 60  # a class that takes longer has failed
 CACHE = next(
     name
@@ -371,9 +372,9 @@ def _configurations(model: PreTrainedModel) -> list[Any]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the advice that transformers gives on tiny models."""
+    """Without the advice that transformers logs, warns of and prints on tiny models."""
     verbosity = transformers.logging.get_verbosity()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity(logging.CRITICAL)
         logging.disable(logging.WARNING)

@@ -48,8 +48,8 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"rotary_dim|qk_rope_head_dim", HEAD_DIM // 2),
     (r"(\w+_)?head_dim|d_kv|kv_channels|(\w+_)?dim_head|attention_head_size|d_head|attention_head_dim", HEAD_DIM),
     (r"n_routed_experts|(\w+_)?num_(local_)?experts|num_moe_experts|zero_expert_num", 4),
-    (r"index_topk(_blocks)?", 2 * WINDOW),
-    (r"(num|n)_experts_per_tok(en)?|(\w+_)?top_?k|moe_topk|moe_k|num_selected_experts", 2),
+    (r"index_topk|index_block_size", WINDOW),
+    (r"(num|n)_experts_per_tok(en)?|(\w+_)?top_?k|moe_topk|moe_k|num_selected_experts|index_topk_blocks", 2),
     (r"n_group|topk_group|n_shared_experts|(\w+_)?num_shared_experts|num_codebooks", 1),
     (r"(\w+_)?lora_rank|\w+_rank|d_rel", 32),
     (r"(\w+_)?intermediate_(size|dim)(_mlp)?|(\w+_)?ffn_dim|d_ff|mlp_dim|n_inner|d_inner", HIDDEN),
@@ -206,6 +206,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "LongcatFlashConfig": {"qk_head_dim": HEAD_DIM + HEAD_DIM // 2, "head_dim": HEAD_DIM // 2},
+    "MiniMaxM3VLTextConfig": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": KV_HEADS},
     "MinistralConfig": {"layer_types": ["sliding_attention", "full_attention"]},
     "MoonshineConfig": {"encoder_num_key_value_heads": HEADS, "decoder_num_key_value_heads": HEADS},
     "NemotronHConfig": {"n_groups": 1, "mamba_num_heads": 8},
@@ -257,8 +258,9 @@ def _move_weights(model: PreTrainedModel) -> None:
             continue
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
-            if bool((parameter == parameter.flatten()[0]).all()):
-                parameter += 0.2 * noise
+            constant = parameter.flatten()[0]
+            if bool((parameter == constant).all()):
+                parameter += 0.2 * noise * (constant if constant else 1)
             elif parameter.dim() >= 2 and parameter.std() < 0.12:
                 parameter.copy_(0.12 * noise)
 
