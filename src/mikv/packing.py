@@ -112,7 +112,7 @@ def _raw_vectors(packed: Tensor, bits: int) -> Tensor:
 def _level_table(fields: int, levels: tuple[float, ...], device: torch.device) -> Tensor:
     """Row i: the levels of the codes packed in byte i."""
     width = 8 // fields
-    byte = torch.arange(256)
+    byte = torch.arange(256, dtype=torch.int64, device="cpu")
     codes = torch.stack([byte >> shift & ((1 << width) - 1) for shift in range(0, 8, width)], dim=-1)
     known = codes.clamp_max(len(levels) - 1)  # no other codes are ever packed
-    return torch.tensor(levels, dtype=torch.float32)[known].to(device)
+    return torch.tensor(levels, dtype=torch.float32, device="cpu")[known].to(device)

@@ -84,8 +84,10 @@ class KeyTransform(Transform):
         if self.feedback is None:
             return None
         head_dim = (1 + isqrt(1 + 8 * self.feedback.shape[-1])) // 2
-        rows, columns = torch.triu_indices(head_dim, head_dim, 1, device=self.feedback.device)
-        dense = torch.zeros(*self.feedback.shape[:-1], head_dim, head_dim, device=self.feedback.device)
+        rows, columns = torch.triu_indices(head_dim, head_dim, 1, dtype=torch.int64, device=self.feedback.device)
+        dense = torch.zeros(
+            *self.feedback.shape[:-1], head_dim, head_dim, dtype=torch.float32, device=self.feedback.device
+        )
         dense[..., rows, columns] = self.feedback.view(_FEEDBACK_DTYPE).float()
         return dense
 
@@ -158,11 +160,13 @@ def with_feedback(transform: KeyTransform, query_moment: Tensor) -> KeyTransform
     moment = transform.query(transform.query(query_moment).mT)  # of q'
     moment = torch.where(moment.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), moment, 0.0)
     diagonal = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(torch.finfo(torch.float32).tiny)
-    damped = moment / diagonal + _FEEDBACK_DAMPING * torch.eye(moment.shape[-1], device=moment.device)
+    damped = moment / diagonal + _FEEDBACK_DAMPING * torch.eye(
+        moment.shape[-1], dtype=torch.float32, device=moment.device
+    )
     # M = (I + U) E (I + U)^T with U strictly upper triangular: a Cholesky decomposition from the last channel on
     lower = torch.linalg.cholesky(damped.double().flip(-2, -1))
     upper = (lower / lower.diagonal(dim1=-2, dim2=-1)[..., None, :]).flip(-2, -1)
-    rows, columns = torch.triu_indices(moment.shape[-1], moment.shape[-1], 1, device=moment.device)
+    rows, columns = torch.triu_indices(moment.shape[-1], moment.shape[-1], 1, dtype=torch.int64, device=moment.device)
     stored = upper[..., rows, columns].clamp(-_FEEDBACK_MAX, _FEEDBACK_MAX).to(_FEEDBACK_DTYPE).view(torch.uint8)
     return replace(transform, feedback=stored)
 
@@ -187,7 +191,7 @@ def hadamard(x: Tensor, block_size: int) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
     return (matrix / size**0.5).to(device, dtype)

@@ -263,7 +263,7 @@ class Packed:
     ) -> "Packed":
         """The inverse of `state` for tiers of `shape` (B, G, D). Raises KeyError or ValueError if they do not fit."""
         batch, num_heads, head_dim = shape
-        like = torch.empty(batch, num_heads, 0, head_dim, dtype=getattr(torch, meta["dtype"]))
+        like = torch.empty(batch, num_heads, 0, head_dim, dtype=getattr(torch, meta["dtype"]), device="cpu")
         size = hadamard_block_size(head_dim)
         key_transform = KeyTransform(
             center=tensors["key_transform.center"] if config.center_keys else None,
@@ -304,7 +304,9 @@ class Packed:
             stop = first + keys.shape[1]
             pack(high.view, row, first, keys, values, self.row_transforms[row])
             high.scores[row, :, first:stop] = row_scores
-            high.positions[row, :, first:stop] = torch.arange(position, position + stop - first, device=scores.device)
+            high.positions[row, :, first:stop] = torch.arange(
+                position, position + stop - first, dtype=torch.int32, device=scores.device
+            )
             high.set_count(row, stop)
 
     def _high_capacity(self, num_slots: int, columns: Columns) -> int:

@@ -46,9 +46,9 @@ class Tier:
         """Show the tensors and counts in a new view."""
         self.counts = counts
         self.capacity = next(iter(self.tensors.values())).shape[2] * BLOCK_TOKENS
-        pages = torch.arange(len(counts), dtype=torch.int32)[:, None]  # a row is a page
+        pages = torch.arange(len(counts), dtype=torch.int32, device="cpu")[:, None]  # a row is a page
         self.view = TierView(
-            self.formats, self.tensors, pages, torch.tensor(counts, dtype=torch.int64), self.transformed
+            self.formats, self.tensors, pages, torch.tensor(counts, dtype=torch.int64, device="cpu"), self.transformed
         )
 
     @property
@@ -172,7 +172,7 @@ class RawTokens:
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
     """Entries index (G, N) of a tensor (G, T, ...): (G, N, ...)."""
-    heads = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
+    heads = torch.arange(tensor.shape[0], dtype=torch.int64, device=tensor.device)[:, None]
     return tensor[heads, index]
 
 

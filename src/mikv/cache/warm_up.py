@@ -25,11 +25,15 @@ class WarmUp:
         """Empty, for tokens like keys (B, G, any, D)."""
         self.config, self.policy = config, policy
         self.tokens = RawTokens(keys[:, :, :0], keys[:, :, :0])
-        self.attention = torch.zeros(*keys.shape[:2], 0, device=keys.device)  # (B, G, columns)
-        self.query_max = torch.zeros(*keys.shape[:2], keys.shape[3], device=keys.device)  # (B, G, D)
+        self.attention = torch.zeros(*keys.shape[:2], 0, dtype=torch.float32, device=keys.device)  # (B, G, columns)
+        self.query_max = torch.zeros(
+            *keys.shape[:2], keys.shape[3], dtype=torch.float32, device=keys.device
+        )  # (B, G, D)
         self.query_moment: Tensor | None = None  # sum q q^T (B, G, D, D)
         if config.has_feedback:
-            self.query_moment = torch.zeros(*keys.shape[:2], keys.shape[3], keys.shape[3], device=keys.device)
+            self.query_moment = torch.zeros(
+                *keys.shape[:2], keys.shape[3], keys.shape[3], dtype=torch.float32, device=keys.device
+            )
 
     def attend(
         self,

@@ -121,7 +121,7 @@ def score_prompt(
     """
     num_kv_heads, num_queries = keys.shape[1], queries.shape[2]
     columns = range(keys.shape[2] - 1 - (num_queries - 1) * stride, keys.shape[2], stride)  # of the queries
-    received = torch.zeros(keys.shape[:3], device=keys.device)
+    received = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
     grouped = queries.unflatten(1, (num_kv_heads, -1))  # (B, G, R, Tq, D)
     sinks = None if options.sinks is None else options.sinks.float().reshape(num_kv_heads, -1)
     for row in range(keys.shape[0]):
@@ -132,7 +132,9 @@ def score_prompt(
                 columns,
                 None if mask is None else mask[min(row, mask.shape[0] - 1), 0],
                 replace(options, sinks=None if sinks is None else sinks[head]),
-                torch.ones(num_queries, device=keys.device) if query_weight is None else query_weight[row].float(),
+                torch.ones(num_queries, dtype=torch.float32, device=keys.device)
+                if query_weight is None
+                else query_weight[row].float(),
                 distance,
             )
     return received
@@ -154,7 +156,7 @@ def _score_head(
 ) -> Tensor:
     """`score_prompt` for the queries (R, Tq, D), already scaled, of one KV head with keys (T, D): (T,) float32."""
     num_heads, num_queries, head_dim = queries.shape
-    received = torch.zeros(keys.shape[0], device=keys.device)
+    received = torch.zeros(keys.shape[0], dtype=torch.float32, device=keys.device)
     step = max(1, _MAX_LOGITS // (num_heads * keys.shape[0]))
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
@@ -164,15 +166,17 @@ def _score_head(
         logits = _capped(logits, options.softcap)
         if mask is None:
             first = columns[start]
-            own = torch.tensor(columns[start:stop], device=keys.device)[:, None]
-            logits[..., first:].masked_fill_(torch.arange(first, seen, device=keys.device) > own, -torch.inf)
+            own = torch.tensor(columns[start:stop], dtype=torch.int64, device=keys.device)[:, None]
+            logits[..., first:].masked_fill_(
+                torch.arange(first, seen, dtype=torch.int64, device=keys.device) > own, -torch.inf
+            )
         else:
             logits.masked_fill_(~mask[start:stop, :seen], -torch.inf)
         sinks = None if options.sinks is None else options.sinks[:, None, None]
         probabilities = _softmax(logits, sinks, may_be_blind=mask is not None)
         if distance:
-            nearest = torch.tensor(columns[start:stop], device=keys.device)[:, None] - distance
-            probabilities.masked_fill_(torch.arange(seen, device=keys.device) > nearest, 0.0)
+            nearest = torch.tensor(columns[start:stop], dtype=torch.int64, device=keys.device)[:, None] - distance
+            probabilities.masked_fill_(torch.arange(seen, dtype=torch.int64, device=keys.device) > nearest, 0.0)
         received[:seen] += (query_weight[start:stop].repeat(num_heads) @ probabilities.flatten(0, 1)).squeeze(0)
     return received
 
@@ -207,7 +211,9 @@ def _attend_tile(
 
 
 def _logits(grouped: Tensor, segments: list[Segment], transform: KeyTransform | None) -> Tensor:
-    logits = torch.empty(*grouped.shape[:3], sum(s.num_tokens for s in segments), device=grouped.device)
+    logits = torch.empty(
+        *grouped.shape[:3], sum(s.num_tokens for s in segments), dtype=torch.float32, device=grouped.device
+    )
     query = grouped if transform is None else transform.query(grouped)
     offset = None if transform is None else transform.logit_offset(grouped)
     for segment, part in zip(segments, _split(logits, segments), strict=True):

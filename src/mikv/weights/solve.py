@@ -92,7 +92,7 @@ def output_error(weight: Tensor, coded: BCQWeight, hessian: Tensor | None = None
 def column_importance(weight: Tensor, hessian: Tensor | None) -> Tensor:
     """What the error of each column costs, float32 (K,): the mean square of its input, or 1 if that is not known."""
     if hessian is None:
-        return torch.ones(weight.shape[1], device=weight.device)
+        return torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
     return damped(hessian, _LEAST_IMPORTANCE).diagonal()
 
 

@@ -66,7 +66,7 @@ def token_chunks(texts: Sequence[str], tokenizer: Any, max_tokens: int, sequence
             break
     if not ids:
         raise ConfigError("calibration holds no text; pass a few thousand words, or calibration=None for none")
-    tokens = torch.tensor(ids[:max_tokens])
+    tokens = torch.tensor(ids[:max_tokens], dtype=torch.int64, device="cpu")
     length = min(sequence_length, len(tokens))
     return [chunk[None] for chunk in tokens.split(length) if len(chunk) == length]
 
@@ -172,7 +172,7 @@ class _Mean:
     def add(self, y: Tensor, x: Tensor) -> None:
         """Tokens (n, K) each."""
         if self.total is None:
-            self.total = torch.zeros(y.shape[1], x.shape[1], device=x.device)
+            self.total = torch.zeros(y.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
         self.total.addmm_(y.T, x)
         self.count += len(x)
 
