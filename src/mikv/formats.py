@@ -20,13 +20,13 @@ Knows nothing about tiers, attention or models.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mikv.arithmetic import constant
 from mikv.errors import NumericsError
 from mikv.packing import BLOCK_TOKENS as BLOCK_TOKENS
 from mikv.packing import Lanes, pack, packed_shape, unpack, unpack_levels
@@ -332,7 +332,7 @@ def integer_levels(bits: int) -> tuple[float, ...]:
     return tuple(float(code) for code in range(2**bits))
 
 
-@lru_cache(maxsize=32)
+@constant
 def _rounding_table(levels: tuple[float, ...], initial_scale: float, device: torch.device) -> Tensor:
     """(bins, candidates): what a magnitude in a bin, in units of the root mean square, becomes under each scale."""
     middles = (torch.arange(_NUM_BINS, dtype=torch.float32, device="cpu") + 0.5) / _BINS_PER_UNIT

@@ -15,12 +15,13 @@ it in the metric that counts, sum over the prompt's queries of (q'.error)^2. Tha
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from math import isqrt
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from mikv.arithmetic import constant, own_arithmetic
 
 _BALANCER_MIN, _BALANCER_MAX = 1e-4, 1e4
 _HALF_MAX = 65504.0
@@ -181,6 +182,7 @@ def hadamard_block_size(head_dim: int) -> int:
     return head_dim & -head_dim
 
 
+@own_arithmetic
 def hadamard(x: Tensor, block_size: int) -> Tensor:
     """Multiply each block of `block_size` channels of x (..., D) by the orthonormal Sylvester-Hadamard matrix."""
     if block_size == 1:
@@ -189,7 +191,7 @@ def hadamard(x: Tensor, block_size: int) -> Tensor:
     return (blocks @ _hadamard_matrix(block_size, x.dtype, x.device)).flatten(-2)
 
 
-@lru_cache(maxsize=32)
+@constant
 def _hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while matrix.shape[0] < size:

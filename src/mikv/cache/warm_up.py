@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mikv.arithmetic import own_arithmetic
 from mikv.cache.columns import StepMask
 from mikv.cache.config import MiKVConfig
 from mikv.cache.policies.base import ImportancePolicy
@@ -50,6 +51,7 @@ class WarmUp:
             self._observe(queries, mask, step, options)
         return exact(self.tokens.keys, self.tokens.values)
 
+    @own_arithmetic
     def _observe(self, queries: Tensor, mask: Tensor | None, step: StepMask, options: AttentionOptions) -> None:
         num_kv_heads, num_queries = self.query_max.shape[1], queries.shape[2]
         tokens = queries if step.valid is None else queries * step.valid[:, None, :, None]

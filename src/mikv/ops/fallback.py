@@ -37,6 +37,7 @@ def attend(
     the attention that high slots (B, G, capacity) and new tokens (B, G, Tq) received, float32: summed over the group's
     heads and over the queries, weighted by `query_weight` (B, Tq).
     """
+    options.require_inference()
     high, low = tiers
     segments = [Segment.of_tensors(*new, mask, causal=mask is None), _segment(high)]
     if low is not None:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from mikv.arithmetic import own_arithmetic
+
 TILE_ROWS = 64
 _BYTE_INPUTS = 8
 
@@ -58,6 +60,7 @@ class MatmulShape:
         return (1 if self.uniform else self.bits) + self.has_offset
 
 
+@own_arithmetic
 def arrange(
     planes: Tensor, scales: Tensor, offset: Tensor | None, in_features: int, group_size: int
 ) -> tuple[Tensor, Tensor]:

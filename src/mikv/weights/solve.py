@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mikv.arithmetic import own_arithmetic
 from mikv.errors import ConfigError, NumericsError
 from mikv.weights.alternating import alternating, with_offset
 from mikv.weights.calibrated import gptq, gptq_bcq, refined_bcq, refined_uniform
@@ -55,6 +56,7 @@ def follows_drift(method: str) -> bool:
     return needs_hessian(method) and method != "gptq"
 
 
+@own_arithmetic
 def solve(weight: Tensor, bits: int, group_size: int | None, method: str, hessian: Tensor | None = None) -> BCQWeight:
     """The coding of float32 (M, K) with `bits` planes and groups of so many columns, None being whole rows.
 
@@ -78,6 +80,7 @@ def solve(weight: Tensor, bits: int, group_size: int | None, method: str, hessia
     return as_uniform(coded) if method == "rtn" else coded
 
 
+@own_arithmetic
 def output_error(weight: Tensor, coded: BCQWeight, hessian: Tensor | None = None) -> float:
     """The mean squared error of the layer's output, relative to the output's mean square: trace(E H E^T) over W's.
 

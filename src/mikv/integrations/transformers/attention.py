@@ -93,7 +93,9 @@ def mikv_attention(
 
     Raises UnsupportedModelError for arithmetic that mikv does not reproduce (position biases, attention dropout).
     """
-    options = AttentionOptions(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
+    options = AttentionOptions(
+        scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux, dropout=dropout
+    )
     output = None
     if torch.compiler.is_compiling():
         if compiled.is_entered():
