@@ -27,6 +27,7 @@ from mikv.ops.schema import flat_transforms
 from mikv.ops.views import TierView
 from tier_views import BATCH, CHANNEL, NUM_KV_HEADS, QUANTIZED, RAW, fitted, formats, tiers
 
+ENDINGS = (" done", " refused")  # that calls may have
 REFUSALS = (TypeError, ValueError, OverflowError, MemoryError)
 GROUP, HEAD_DIM, CAPACITY = 2, 32, 192
 GUARD_BYTES = 4096
@@ -410,12 +411,14 @@ def call(seed: int, index: int) -> str:
         path = choose.choice(list(places(arguments)))
         try:
             arguments = put(arguments, path, changed(at(arguments, path), arguments, choose))
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError):
+        except Exception:
             continue  # PyTorch itself knows no such tensor
     try:
         getattr(_native, binding)(*arguments)
     except REFUSALS:
         return f"{binding} refused"
+    except Exception as error:
+        return f"{binding} RAISED {type(error).__name__}"
     return f"{binding} done" if calls.are_intact() else f"{binding} WROTE BESIDE"
 
 
@@ -446,7 +449,7 @@ def run(seed: int, count: int) -> Counter[str]:
         outcomes.update(outcome for _, outcome in done)
         first += len(done)
         for index, outcome in done:
-            if outcome.endswith("BESIDE"):
+            if not outcome.endswith(ENDINGS):
                 print(f"call {index} of seed {seed}: {outcome}")
         if first < stop:
             outcomes[ending] += 1
@@ -471,7 +474,7 @@ def main() -> int:
     outcomes = run(options.seed, options.count)
     for outcome, number in sorted(outcomes.items()):
         print(f"{number:6} {outcome}")
-    return int(any(not outcome.endswith(("done", "refused")) for outcome in outcomes))
+    return int(any(not outcome.endswith(ENDINGS) for outcome in outcomes))
 
 
 if __name__ == "__main__":
