@@ -121,13 +121,16 @@ arm: $(READY)
 browser: $(READY)
 	.ci/browser
 
-# More random calls than those two make, for a minute or `seconds=600`, from a seed that it prints.
+# More random calls than those two make, for a minute or `seconds=600`, then as many damaged saved caches as `mutants=2000`,
+# both from seeds that they print.
 fuzz: seconds ?= 60
+fuzz: mutants ?= 2000
 fuzz: $(READY)
 	$(BIN)/cmake -S . -B build/fuzz -G Ninja -DMIKV_MODULE=OFF -DMIKV_CHECK=ON \
 	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja > build/fuzz.log
 	$(BIN)/ninja -C build/fuzz --quiet
 	build/fuzz/mikv_check $(seconds)s $$(od -An -N4 -tu4 /dev/urandom)
+	$(BIN)/python tests/fuzz_saved_caches.py --count $(mutants) --seed $$(od -An -N4 -tu4 /dev/urandom)
 
 # The module is built with the tools in .venv and in build/, so that only what has changed is compiled again.
 $(READY): $(VENV)/.tools $(NATIVE)

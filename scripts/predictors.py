@@ -499,7 +499,6 @@ def make_trial(model: PreTrainedModel, tokenizer: Any, name: str, part: str, scr
     file = scratch / f"{name}-{part}-reading.pt"
     if file.exists():
         whole, full = torch.load(file, weights_only=False)
-        model.config.get_text_config(decoder=True)._attn_implementation = "mikv"
     else:
         tokens = tokenizer(texts()[text], return_tensors="pt").input_ids[0]
         tokens = tokens.split(PROMPT_TOKENS + READ_TOKENS)[int(window)]

@@ -75,7 +75,6 @@ class Stopwatch:
 
 def make(name: str, loaded: LoadedModel) -> Cache:
     if name == "full":
-        loaded.model.set_attn_implementation("sdpa")
         return DynamicCache(config=loaded.model.config)
     return MiKVCache(loaded.model.config, MiKVConfig.preset(name))
 

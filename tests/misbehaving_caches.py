@@ -7,6 +7,7 @@ from transformers.cache_utils import DynamicLayer
 from mikv.cache.config import MiKVConfig
 from mikv.cache_names import NamedCache
 from mikv.integrations.transformers import MiKVCache
+from mikv.integrations.transformers.versions import as_argument
 from mikv.lab.baselines.held_bytes import held_bytes
 
 
@@ -53,7 +54,7 @@ def prefilled(config: MiKVConfig):
             self._model = model
 
         def read_prompt(self, tokens):
-            self._model(tokens[None], past_key_values=self)
+            self._model(tokens[None], **as_argument(self))
 
     return NamedCache("prefilled", lambda model, num_tokens: Prefilled(model), lambda c: c.memory().bytes, lambda: None)
 

@@ -13,6 +13,7 @@ from mikv.cache.config import PRESETS, MiKVConfig
 from mikv.cache_names import parse_cache, spellings, split_names
 from mikv.errors import ConfigError
 from mikv.integrations.transformers import MiKVCache
+from mikv.integrations.transformers.versions import as_argument
 from mikv.lab.baselines.held_bytes import held_bytes, tensor_bytes
 from tiny import tiny_model
 
@@ -31,7 +32,7 @@ def filled(name, model):
         pytest.skip(reason)
     cache = named.make(model, NUM_TOKENS)
     for piece in IDS.split((80, 7), dim=1):
-        model(piece, past_key_values=cache)
+        model(piece, **as_argument(cache))
     return named, cache
 
 

@@ -365,9 +365,14 @@ def _to_half(value: Tensor, x: Tensor, what: str) -> Tensor:
 def _require_finite(stored: Tensor, x: Tensor, what: str) -> None:
     if torch.isfinite(stored).all():
         return
-    if not torch.isfinite(x).all():
-        raise NumericsError("there are NaN or Inf values among the keys or values; check the model's dtype and inputs")
+    require_finite(x)
     raise NumericsError(
         f"a {what} of {x.abs().amax():.3g} is beyond the range of 16-bit floats (65504); "
         "use high='exact' with importance_ratio=1 for this layer (skip_layers)"
     )
+
+
+def require_finite(*tensors: Tensor) -> None:
+    """Raise NumericsError if there are NaN or Inf among keys or values."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise NumericsError("there are NaN or Inf values among the keys or values; check the model's dtype and inputs")

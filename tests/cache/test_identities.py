@@ -209,7 +209,7 @@ def test_prompt_scores_are_the_attention_received(stops: tuple[int, ...], heads:
     tokens = random_tokens(100, heads=heads)
     layer = filled(MiKVConfig(policy="h2o", warmup_tokens=1000), tokens, *stops[:-1])
     assert isinstance(layer.tokens, WarmUp)
-    assert_close(layer.tokens.attention, reference_scores(tokens, 100), "attention", op="prompt scores")
+    assert_close(layer.tokens.statistics.attention, reference_scores(tokens, 100), "attention", op="prompt scores")
 
 
 @pytest.mark.parametrize("chunk", [1, 7])

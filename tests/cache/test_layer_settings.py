@@ -9,6 +9,7 @@ from mikv import MiKVCache, MiKVConfig
 from mikv.cache.accounting import cache_bytes
 from mikv.cache.geometry import CacheGeometry
 from mikv.errors import ConfigError
+from mikv.integrations.transformers.versions import as_argument
 from tiny import tiny_model
 
 CONFIG = MiKVConfig(
@@ -33,7 +34,7 @@ def cache(model):
     cache = MiKVCache(model.config, CONFIG)
     tokens = torch.arange(NUM_TOKENS)[None] % 90 + 3
     with torch.no_grad():
-        model(tokens, past_key_values=cache)
+        model(tokens, **as_argument(cache))
     return cache
 
 
@@ -67,7 +68,7 @@ def test_a_saved_cache_goes_on_as_before(model, cache, tmp_path):
     assert loaded.config == CONFIG
     token = torch.tensor([[7]])
     with torch.no_grad():
-        expected, found = (model(token, past_key_values=c).logits for c in (copy.deepcopy(cache), loaded))
+        expected, found = (model(token, **as_argument(c)).logits for c in (copy.deepcopy(cache), loaded))
     assert torch.equal(expected, found)
 
 

@@ -147,6 +147,8 @@ def test_low_blocks_are_never_rewritten(preset: str) -> None:
     capacities = set()
     for start, stop in [(300, 400), *((position, position + 1) for position in range(400, 700))]:
         feed(layer, tokens[start:stop])
+        low = packed(layer).low
+        assert low is not None
         num_blocks = low.counts[0] // BLOCK_TOKENS
         capacities.add(low.capacity)
         for name, tensor in low.tensors.items():
@@ -230,9 +232,8 @@ def test_the_view_follows_counts_and_storage() -> None:
     assert view.pages.tolist() == [[0], [1]]
     for change in (
         lambda: tier.resize(96),
-        lambda: tier.select_rows(torch.tensor([1, 1, 0])),
         lambda: tier.to("cpu"),
-        lambda: tier.restore(dict(tier.tensors), [33, 33, 0]),
+        lambda: tier.restore(dict(tier.tensors), [33, 0]),
     ):
         before = tier.view
         change()
@@ -246,9 +247,10 @@ def test_select_rows_copies() -> None:
     tier = tier_of()
     tier.resize(32)
     fill(tier, 1, 3)
-    tier.select_rows(torch.tensor([1, 1, 0]))
-    assert tier.counts == [3, 3, 0]
-    tier.scores[0] = -1.0
+    chosen = tier.of_rows(torch.tensor([1, 1, 0]))
+    assert (tier.counts, chosen.counts) == ([0, 3], [3, 3, 0])
+    chosen.scores[0] = -1.0
+    assert torch.equal(chosen.scores[1, :, :3], scores_of(3))
     assert torch.equal(tier.scores[1, :, :3], scores_of(3))
 
 
@@ -311,20 +313,24 @@ def test_raw_tokens_keep_their_order_and_dtype() -> None:
     keys, values = gaussian((2, 3, 50, 16), 1).bfloat16(), gaussian((2, 3, 50, 16), 2).bfloat16()
     raw = RawTokens(keys[:, :, :0], values[:, :, :0])
     for start, stop in ((0, 20), (20, 21), (21, 50)):
-        raw.append(keys[:, :, start:stop], values[:, :, start:stop])
+        both = raw.followed_by(keys[:, :, start:stop], values[:, :, start:stop])
+        assert raw.num_columns == start  # they do not count yet
+        raw.num_columns = stop
+        assert torch.equal(both[0], raw.keys)
     assert torch.equal(raw.keys, keys)
     assert torch.equal(raw.values, values)
-    raw.crop(30)
-    raw.append(keys[:, :, 20:22], values[:, :, 20:22])
+    raw.num_columns = 20
+    raw.followed_by(keys[:, :, 20:22], values[:, :, 20:22])
+    raw.num_columns = 22
     assert torch.equal(raw.keys, keys[:, :, :22])
-    raw.select_rows(torch.tensor([1]))
-    assert torch.equal(raw.values, values[1:, :, :22])
+    assert torch.equal(raw.of_rows(torch.tensor([1])).values, values[1:, :, :22])
 
 
 def test_the_first_raw_tokens_take_what_they_need() -> None:
     keys = gaussian((1, 2, 160, 16))
     raw = RawTokens(keys[:, :, :0], keys[:, :, :0])
-    raw.append(keys, keys)
+    raw.followed_by(keys, keys)
+    raw.num_columns = 160
     assert raw.nbytes == 2 * keys.nbytes
-    raw.append(keys[:, :, :1], keys[:, :, :1])
+    raw.followed_by(keys[:, :, :1], keys[:, :, :1])
     assert raw.nbytes == 2 * keys.nbytes * (161 + 10) // 160

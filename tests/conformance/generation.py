@@ -21,6 +21,7 @@ from conformance.trial import (
     require_same_tokens,
     typical_error,
 )
+from mikv.integrations.transformers.versions import as_argument
 from tiny import LATENT, model_of, tiny_tokenizer
 
 ONE_ROW = (75,)
@@ -124,7 +125,7 @@ def text_generation_pipeline(trial: Trial) -> None:
     outputs = generator(
         texts,
         batch_size=len(texts),
-        past_key_values=trial.cache(),
+        **as_argument(trial.cache()),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         return_full_text=False,

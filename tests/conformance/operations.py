@@ -11,6 +11,7 @@ from transformers import Cache
 
 from conformance.generation import ONE_ROW, RAGGED
 from conformance.trial import Prompt, Trial, require_close, require_same_tokens
+from mikv.integrations.transformers.versions import as_argument
 from tiny import FIRST_WORD, VOCAB_SIZE
 
 AFTER = 30  # tokens fed after an operation: enough for a tier to overflow
@@ -126,7 +127,7 @@ def hiding_mask(trial: Trial) -> None:
         trial.feed(cache, prompt)
         columns = torch.arange(cache.get_mask_sizes(1, 0)[0])
         mask = ((columns <= prompt.shape[1]) & ((columns < 10) | (columns >= 30)))[None, None, None]
-        return trial.model(token, attention_mask=mask, past_key_values=cache).logits
+        return trial.model(token, attention_mask=mask, **as_argument(cache)).logits
 
     masked = logits(trial.cache())
     with trial.full_cache() as cache:
@@ -208,5 +209,5 @@ def _greedy_tokens(trial: Trial, model: Callable[..., Any], prompt: Prompt) -> T
     cache = trial.cache()
     tokens = [trial.feed(cache, prompt.ids)[:, -1:].argmax(-1)]
     for _ in range(COMPILED_STEPS):
-        tokens.append(model(tokens[-1], past_key_values=cache).logits.argmax(-1))
+        tokens.append(model(tokens[-1], **as_argument(cache)).logits.argmax(-1))
     return torch.cat(tokens, 1)

@@ -13,6 +13,7 @@ from conformance.suite import CHECKS
 from conformance.trial import Prompt, Subject, Trial, require_same_tokens
 from mikv import MiKVCache, UnsupportedModelError
 from mikv.formats import BLOCK_TOKENS
+from mikv.integrations.transformers.versions import as_argument
 from tiny import FAMILIES, tiny_model
 
 # What mikv does not do and says so: there is one mask per cache, and latents are not keys and values.
@@ -131,12 +132,12 @@ def test_decode_steps_compile_without_a_graph_break_and_once(family: str) -> Non
     model, prompt, after = tiny_model(family, num_hidden_layers=2), Prompt.random(75), Prompt.random(20)
     caches = BALANCED.make(model), BALANCED.make(model)
     for cache in caches:
-        model(prompt.ids, past_key_values=cache)
+        model(prompt.ids, **as_argument(cache))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for token in after.ids.split(1, dim=1):
-        actual, expected = compiled(token, past_key_values=caches[0]), model(token, past_key_values=caches[1])
+        actual, expected = compiled(token, **as_argument(caches[0])), model(token, **as_argument(caches[1]))
         assert torch.allclose(actual.logits, expected.logits, atol=2e-3)  # a query that is 1e-7 off may round otherwise
     torch._dynamo.reset()
     assert counter.frame_count <= 2
@@ -146,9 +147,9 @@ def test_decode_steps_compile_without_a_graph_break_and_once(family: str) -> Non
 def test_a_copy_of_a_cache_compiles_as_a_cache_of_its_own() -> None:
     model, prompt, after = tiny_model("llama", num_hidden_layers=1), Prompt.random(75), Prompt.random(1)
     cache = BALANCED.make(model)
-    model(prompt.ids, past_key_values=cache)
+    model(prompt.ids, **as_argument(cache))
     copied = copy.deepcopy(cache)
     torch._dynamo.reset()
-    torch.compile(model, fullgraph=True, backend="aot_eager")(after.ids, past_key_values=copied)
+    torch.compile(model, fullgraph=True, backend="aot_eager")(after.ids, **as_argument(copied))
     torch._dynamo.reset()
     assert (cache.get_seq_length(), copied.get_seq_length()) == (75, 76)

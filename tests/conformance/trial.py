@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from mikv.integrations.transformers.versions import as_argument
 from tiny import FIRST_WORD, PAD, VOCAB_SIZE
 
 NEW_TOKENS = 16
@@ -123,7 +124,7 @@ class Trial:
             result = self.model.generate(
                 prompt.ids,
                 attention_mask=prompt.mask,
-                past_key_values=cache,
+                **as_argument(cache),
                 return_dict_in_generate=True,
                 output_logits=True,
                 output_scores=True,
@@ -139,7 +140,7 @@ class Trial:
     def feed(self, cache: Cache, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, n, V) of the next tokens (B, n); `mask` (B, columns so far + n)."""
         positions = None if mask is None else (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        logits = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        logits = self.model(ids, attention_mask=mask, position_ids=positions, **as_argument(cache)).logits
         assert torch.isfinite(logits).all(), "the model computed logits that are not finite"
         return logits
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mikv import ConfigError, MiKVCache, MiKVConfig
-from mikv.integrations.transformers.cache import MiKVLayer
+from mikv.integrations.transformers.layer import MiKVLayer
 from mikv.lab.fidelity import prefill
 from mikv.lab.precision_map import precision_map, token_texts
 from mikv.models import LoadedModel, load_model

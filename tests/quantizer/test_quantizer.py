@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import mikv
 from mikv.errors import CheckpointError, ConfigError, MiKVError, NumericsError, UnsupportedModelError
+from mikv.integrations.transformers.versions import as_argument
 from mikv.models import load_model
 from mikv.weights.embedding import BCQEmbedding, TiedHead
 from mikv.weights.linear import BCQLinear
@@ -133,7 +134,7 @@ def test_load_model_loads_a_quantized_folder_and_generates_with_a_packed_cache(s
     model = load_model(str(saved)).model
     assert len(linears(model)) == 14
     cache = mikv.MiKVCache(model.config, mikv.MiKVConfig.preset("balanced"))
-    generated = model.generate(TOKENS, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    generated = model.generate(TOKENS, max_new_tokens=4, do_sample=False, **as_argument(cache))
     assert generated.shape == (1, 44)
     assert model.hf_quantizer.is_trainable is False
 

@@ -8,6 +8,7 @@ from transformers import Cache, PreTrainedModel
 
 from mikv.bench.cell import Cell, Reader
 from mikv.cache_names import NamedCache, parse_cache
+from mikv.integrations.transformers.versions import as_argument
 from mikv.models import load_model
 
 _REHEARSAL_TOKENS, _REHEARSAL_STEPS = 128, 4
@@ -25,7 +26,7 @@ class CacheReader:
     def read(self, tokens: Sequence[int]) -> None:
         """One forward pass, and the likeliest next token as greedy decoding takes it."""
         ids = torch.tensor([list(tokens)])
-        self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits.argmax(-1).item()
+        self.model(ids, **as_argument(self.cache), logits_to_keep=1).logits.argmax(-1).item()
 
     def cache_bytes(self) -> int:
         """All that the cache holds."""

@@ -26,7 +26,7 @@ class StepMask:
 
 
 class Columns:
-    """The columns seen so far, per row."""
+    """The columns seen so far, per row. Never changed, but replaced."""
 
     def __init__(self, batch: int) -> None:
         self.num_columns = 0
@@ -52,15 +52,23 @@ class Columns:
         self._check_past(visible[..., : self.num_columns], valid)
         return StepMask(None if bool(valid.all()) else valid, fresh)
 
-    def advance(self, valid: Tensor | None, num_queries: int) -> None:
-        """Account for a step's new columns."""
+    def advanced(self, valid: Tensor | None, num_queries: int) -> Self:
+        """These columns and a step's new ones."""
+        after = self._copy()
+        after.num_columns += num_queries
         if valid is None:
-            self.num_tokens = [count + num_queries for count in self.num_tokens]
-        else:
-            for row, flags in enumerate(valid.tolist()):
-                self.num_tokens[row] += sum(flags)
-                self._add_holes(row, flags)
-        self.num_columns += num_queries
+            after.num_tokens = [count + num_queries for count in self.num_tokens]
+            return after
+        after.holes = [list(row) for row in self.holes]
+        for row, flags in enumerate(valid.tolist()):
+            after.num_tokens[row] += sum(flags)
+            _add_holes(after.holes[row], flags, self.num_columns)
+        return after
+
+    def _copy(self) -> Self:
+        other = type(self)(0)
+        other.num_columns, other.num_tokens, other.holes = self.num_columns, list(self.num_tokens), self.holes
+        return other
 
     def valid(self, device: torch.device) -> Tensor | None:
         """(B, num_columns) bool, True for tokens; None if there is no padding."""
@@ -77,19 +85,20 @@ class Columns:
         first = self.num_columns - num_columns
         return [num_columns - sum(max(0, stop - max(start, first)) for start, stop in holes) for holes in self.holes]
 
-    def crop(self, num_columns: int) -> None:
-        """Forget the last `num_columns`."""
-        removed = self.tokens_in_last(num_columns)
-        self.num_tokens = [count - gone for count, gone in zip(self.num_tokens, removed, strict=True)]
-        self.num_columns -= num_columns
-        end = self.num_columns
-        self.holes = [[(start, min(stop, end)) for start, stop in row if start < end] for row in self.holes]
+    def cropped(self, num_columns: int) -> Self:
+        """These columns without the last `num_columns`."""
+        before, removed = self._copy(), self.tokens_in_last(num_columns)
+        before.num_tokens = [count - gone for count, gone in zip(self.num_tokens, removed, strict=True)]
+        before.num_columns -= num_columns
+        end = before.num_columns
+        before.holes = [[(start, min(stop, end)) for start, stop in row if start < end] for row in self.holes]
+        return before
 
-    def select_rows(self, index: Tensor) -> None:
-        """Rows `index` become the rows."""
-        rows = index.tolist()
-        self.num_tokens = [self.num_tokens[row] for row in rows]
-        self.holes = [list(self.holes[row]) for row in rows]
+    def of_rows(self, index: Tensor) -> Self:
+        """Columns whose rows are those of `index`."""
+        chosen, rows = self._copy(), index.tolist()
+        chosen.num_tokens, chosen.holes = [self.num_tokens[row] for row in rows], [self.holes[row] for row in rows]
+        return chosen
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""
@@ -104,17 +113,6 @@ class Columns:
         columns.holes = [[(int(start), int(stop)) for start, stop in row] for row in state["holes"]]
         return columns
 
-    def _add_holes(self, row: int, flags: list[bool]) -> None:
-        for offset, is_token in enumerate(flags):
-            column = self.num_columns + offset
-            if is_token:
-                continue
-            holes = self.holes[row]
-            if holes and holes[-1][1] == column:
-                holes[-1] = (holes[-1][0], column + 1)
-            else:
-                holes.append((column, column + 1))
-
     def _check_past(self, visible: Tensor, valid: Tensor) -> None:
         expected = self.valid(visible.device)
         wrong = ~visible if expected is None else visible != expected[:, None, None]  # (B, 1, Tq, past)
@@ -126,6 +124,17 @@ class Columns:
             f"the attention mask treats column {column} of row {row} differently from the step that stored it: tokens "
             "in a MiKV cache cannot be hidden or added later; use a cache of its own for each mask"
         )
+
+
+def _add_holes(holes: list[tuple[int, int]], flags: list[bool], first: int) -> None:
+    """Add the padding among the columns from `first` on, where `flags` are False."""
+    for column, is_token in enumerate(flags, first):
+        if is_token:
+            continue
+        if holes and holes[-1][1] == column:
+            holes[-1] = (holes[-1][0], column + 1)
+        else:
+            holes.append((column, column + 1))
 
 
 def _as_bool(mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ packed    every token is in the high or the low tier; a step attends to both and
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -38,11 +39,33 @@ def _writable_in_any_mode(method: Callable[P, R]) -> Callable[P, R]:
     return switched
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a layer holds, replaced in one assignment. `heads` is (G, D)."""
+
+    columns: Columns
+    tokens: WarmUp | Packed
+    heads: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What a step will change: `change` in the tokens, the rest in the layer; all of it may be repeated."""
+
+    held: Held
+    change: Callable[[], None]
+    holds: tuple[bool, int]
+
+
 HELD_STEPS = 256  # longer than any draft: if nothing was cropped for so long, assisted decoding is over
 
 
 class TwoTierLayer:
-    """The keys and values of one layer for a batch of rows. The first step decides shapes, dtype and device."""
+    """The keys and values of one layer for a batch of rows. The first step decides shapes, dtype and device.
+
+    A step is two acts: `step` computes, writes new tokens where none are in use and says what is to change, `commit`
+    changes it and cannot fail; it may be repeated if it was interrupted. `discard` instead of it takes the step back.
+    """
 
     def __init__(self, config: MiKVConfig, layer_idx: int) -> None:
         self.config = config
@@ -52,11 +75,37 @@ class TwoTierLayer:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.columns = Columns(0)
-        self.tokens: WarmUp | Packed | None = None
-        self.shape: tuple[int, int, int] | None = None  # (B, G, D)
-        self.holds_demotion = False
-        self.steps_since_crop = 0
+        self._staged: Staged | None = None
+        self._is_due = False  # whether the tiers have yet to be brought to their budget
+        self._holds = False, 0  # whether demotion waits for `crop`, and for how many steps it has
+        self._held: Held | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_staged": None}  # a copy has made no step
+
+    @property
+    def columns(self) -> Columns:
+        """Which columns are tokens."""
+        return Columns(0) if self._held is None else self._held.columns
+
+    @property
+    def tokens(self) -> WarmUp | Packed | None:
+        """What is stored."""
+        return None if self._held is None else self._held.tokens
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(B, G, D), or None if nothing was stored yet."""
+        return None if self._held is None else (len(self._held.columns.num_tokens), *self._held.heads)
+
+    @property
+    def holds_demotion(self) -> bool:
+        """Whether demotion waits for `crop`."""
+        return self._holds[0]
+
+    @holds_demotion.setter
+    def holds_demotion(self, value: bool) -> None:
+        self._holds = value, self._holds[1]
 
     def attend(
         self,
@@ -72,18 +121,13 @@ class TwoTierLayer:
         keys and values (B, G, Tq, D) are the new tokens; `mask` (B, 1, Tq, columns + Tq) is transformers' boolean mask
         or None for causal; `exact(keys, values)` is the model's own attention over unpacked tokens. Returns
         (B, H, Tq, D), for inference: going backward through it raises CacheStateError. Raises UnsupportedModelError for
-        masks that tiers cannot honour, NumericsError for NaN and Inf.
+        masks that tiers cannot honour, NumericsError for NaN and Inf; nothing is stored then.
         """
-        try:
-            output = self._attend(queries, (keys, values), mask, options, exact)
-        except NumericsError as error:
-            raise NumericsError(f"layer {self.layer_idx}: {error}") from error
-        if not torch.is_grad_enabled():
-            return output
-        return _Inference.apply(output, queries)  # type: ignore[no-untyped-call]
+        output = self.step(queries, (keys, values), mask, options, exact)
+        self.commit()
+        return output
 
-    @_writable_in_any_mode
-    def _attend(
+    def step(
         self,
         queries: Tensor,
         new: tuple[Tensor, Tensor],
@@ -91,42 +135,83 @@ class TwoTierLayer:
         options: AttentionOptions,
         exact: ExactAttention,
     ) -> Tensor:
-        if self.tokens is None:
-            self._begin(new[0])
-        step = self.columns.read_step(mask, queries.shape[2])
-        if isinstance(self.tokens, Packed):
-            output = self.tokens.attend(queries, new, step, options, self.columns)
+        """As `attend`, but the new tokens count only after `commit`."""
+        try:
+            output = self._step(queries, new, mask, options, exact)
+        except NumericsError as error:
+            raise NumericsError(f"layer {self.layer_idx}: {error}") from error
+        if not torch.is_grad_enabled():
+            return output
+        return _Inference.apply(output, queries)  # type: ignore[no-untyped-call]
+
+    @_writable_in_any_mode
+    def _step(
+        self,
+        queries: Tensor,
+        new: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        options: AttentionOptions,
+        exact: ExactAttention,
+    ) -> Tensor:
+        self._staged = None
+        held = self._begun(new[0])
+        if self._is_due:  # the last commit was interrupted
+            self.settle()
+        held = self._held or held
+        step = held.columns.read_step(mask, queries.shape[2])
+        if isinstance(held.tokens, Packed):
+            output, change = held.tokens.attend(queries, new, step, options, held.columns)
         else:
-            assert self.tokens is not None
-            output = self.tokens.attend(queries, new, mask, step, options, exact)
-        self.columns.advance(step.valid, queries.shape[2])
-        self.steps_since_crop += 1
-        self.holds_demotion = self.holds_demotion and self.steps_since_crop < HELD_STEPS
-        self.settle()
+            output, change = held.tokens.attend(queries, new, mask, step, options, exact)
+        columns = held.columns.advanced(step.valid, queries.shape[2])
+        after, waited = Held(columns, held.tokens, held.heads), self._holds[1] + 1
+        self._staged = Staged(after, change, (self._holds[0] and waited < HELD_STEPS, waited))
         return output
 
-    def _begin(self, keys: Tensor) -> None:
+    def _begun(self, keys: Tensor) -> "Held":
+        """What is held before a step: nothing yet, if it is the first."""
+        if self._held is not None:
+            return self._held
         layer_formats(self.config, keys.shape[3], keys.dtype)  # refuses what cannot be before any work is done
-        self.columns = Columns(keys.shape[0])
-        self.shape = (keys.shape[0], keys.shape[1], keys.shape[3])
-        self.tokens = WarmUp(self.config, self.policy, keys)
+        return Held(Columns(keys.shape[0]), WarmUp(self.config, self.policy, keys), (keys.shape[1], keys.shape[3]))
+
+    @_writable_in_any_mode
+    def commit(self) -> None:
+        """Make the last step count, if it does not yet, and bring the tiers to their budget."""
+        staged = self._staged
+        if staged is not None:  # every line may be repeated
+            staged.change()
+            self._held, self._holds, self._is_due = staged.held, staged.holds, True
+            self._staged = None
+        if self._is_due:
+            self.settle()
+
+    def discard(self) -> None:
+        """Take back a step that does not count yet."""
+        self._staged = None
+
+    @property
+    def has_staged(self) -> bool:
+        """Whether a step waits for `commit` or `discard`."""
+        return self._staged is not None
 
     @_writable_in_any_mode
     def settle(self) -> None:
         """Bring the tiers to their budget, if that is due and allowed."""
-        if self.holds_demotion or self.config.keeps_everything_exact:
-            return
-        if isinstance(self.tokens, Packed):
-            self.tokens.demote(self.columns)
-        elif self.tokens is not None and max(self.columns.num_tokens) >= max(1, self.config.warmup_tokens):
-            self.tokens = Packed.partition(self.tokens, self.columns)
+        held = self._held
+        if held is not None and not self.holds_demotion and not self.config.keeps_everything_exact:
+            if isinstance(held.tokens, Packed):
+                held.tokens.demote(held.columns)
+            elif max(held.columns.num_tokens) >= max(1, self.config.warmup_tokens):
+                self._held = replace(held, tokens=Packed.partition(held.tokens, held.columns))
+        self._is_due = False
 
     def hold_demotion(self) -> None:
         """From now on demote only in `crop`, so that what is appended between two crops can be taken back.
 
         Ends by itself after HELD_STEPS steps without a crop.
         """
-        self.holds_demotion, self.steps_since_crop = True, 0
+        self._holds = True, 0
 
     def require_croppable(self, num_columns: int) -> None:
         """Raise CacheStateError if some of the last `num_columns` were demoted already."""
@@ -139,24 +224,25 @@ class TwoTierLayer:
     def crop(self, num_columns: int) -> None:
         """Take back the last `num_columns`. Raises CacheStateError, changing nothing, if some were demoted already."""
         self.require_croppable(num_columns)
-        if isinstance(self.tokens, Packed):
-            self.tokens.crop(num_columns, self.columns)
-        elif self.tokens is not None:
-            self.tokens.crop(num_columns)
-        self.columns.crop(num_columns)
-        held, self.holds_demotion, self.steps_since_crop = self.holds_demotion, False, 0
-        if self.tokens is not None:
-            self.settle()
-        self.holds_demotion = held
+        held = self._held
+        if held is None:
+            return
+        if isinstance(held.tokens, Packed):
+            change = held.tokens.cropped(num_columns, held.columns)
+        else:
+            change = held.tokens.cropped(num_columns)
+        holds, _ = self._holds
+        columns = held.columns.cropped(num_columns)
+        self._staged = Staged(replace(held, columns=columns), change, (False, 0))
+        self.commit()
+        self._holds = holds, 0
 
     @_writable_in_any_mode
     def select_rows(self, index: Tensor) -> None:
         """Rows `index` (B',) become the rows: for beam search, and to repeat or pick rows."""
-        if self.tokens is None or self.shape is None:
-            return
-        self.columns.select_rows(index)
-        self.tokens.select_rows(index)
-        self.shape = (len(index), *self.shape[1:])
+        held = self._held
+        if held is not None:
+            self._held = replace(held, columns=held.columns.of_rows(index), tokens=held.tokens.of_rows(index))
 
     @_writable_in_any_mode
     def to(self, device: torch.device | str) -> None:
@@ -190,12 +276,13 @@ class TwoTierLayer:
         if meta["kind"] == "empty":
             return
         batch, num_heads, head_dim = (int(size) for size in meta["shape"])
-        self.shape = (batch, num_heads, head_dim)
-        self.columns = Columns.from_dict(meta["columns"])
+        columns = Columns.from_dict(meta["columns"])
+        tokens: WarmUp | Packed
         if meta["kind"] == "warm_up":
-            self.tokens = WarmUp.restore(self.config, self.policy, tensors)
+            tokens = WarmUp.restore(self.config, self.policy, tensors)
         else:
-            self.tokens = Packed.restore(self.config, self.policy, tensors, meta, self.shape)
+            tokens = Packed.restore(self.config, self.policy, tensors, meta, (batch, num_heads, head_dim))
+        self._held = Held(columns, tokens, (num_heads, head_dim))
 
 
 class _Inference(torch.autograd.Function):

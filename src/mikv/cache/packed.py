@@ -3,7 +3,8 @@
 B batch, H query heads, G KV heads, Tq new tokens, D head dim.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -53,11 +54,22 @@ class Packed:
         rows = (batch, num_heads)
         self.config, self.policy = config, policy
         self.model_dtype = like.dtype
-        self.high = Tier(formats.high, rows, like.device, formats.high_is_quantized, with_scores=True)
-        self.low = None
+        high = Tier(formats.high, rows, like.device, formats.high_is_quantized, with_scores=True)
+        low = None
         if formats.low is not None:
-            self.low = Tier(formats.low, rows, like.device, transformed=True, with_scores=False)
+            low = Tier(formats.low, rows, like.device, transformed=True, with_scores=False)
+        self._tiers = high, low  # replaced in one assignment, so that no token is in both or in none
         self._set_transforms(*transforms)
+
+    @property
+    def high(self) -> Tier:
+        """The high tier."""
+        return self._tiers[0]
+
+    @property
+    def low(self) -> Tier | None:
+        """The low tier."""
+        return self._tiers[1]
 
     def _set_transforms(self, key_transform: KeyTransform, value_transform: ValueTransform) -> None:
         self.transforms = key_transform, value_transform
@@ -73,7 +85,7 @@ class Packed:
         if valid is None:
             valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=device)
         packed = cls(warm_up.config, warm_up.policy, keys, fit_transforms(warm_up, valid))
-        scores = packed.policy.initial_scores(keys, warm_up.attention)
+        scores = packed.policy.initial_scores(keys, warm_up.statistics.attention)
 
         choices = []
         for row, count in enumerate(columns.num_tokens):
@@ -117,9 +129,13 @@ class Packed:
 
     def attend(
         self, queries: Tensor, new: tuple[Tensor, Tensor], step: StepMask, options: AttentionOptions, columns: Columns
-    ) -> Tensor:
-        """Attend to both tiers and exactly to the `new` keys and values; score the high tier; append the new tokens."""
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """Attend to both tiers and exactly to the `new` keys and values.
+
+        Returns the output, and what makes the step count: until then the new tokens lie in slots that are not in use.
+        """
         num_queries, policy = queries.shape[2], self.policy
+        self._make_room(num_queries, columns)
         weight = self._query_weight(step, num_queries, len(columns.num_tokens))
         if policy.uses_attention and policy.attention_distance:
             output, received_high, received_new = attend_from_afar(
@@ -133,14 +149,13 @@ class Packed:
             )
         else:
             output, received_high, received_new = self._attend(queries, new, step.fresh, weight, options)
+        scores = None
         if received_high is None or received_new is None:
             attention = no_attention(new[0])
-        else:
-            scores = self.high.scores  # of slots that are not in use, too: theirs mean nothing
-            scores.copy_(policy.update_scores(scores, received_high, num_queries))
+        else:  # of slots that are not in use, too: theirs mean nothing
+            scores = policy.update_scores(self.high.scores, received_high, num_queries)
             attention = policy.update_scores(torch.zeros_like(received_new), received_new, num_queries)
-        self._append(new, policy.initial_scores(new[0], attention), step.valid, columns)
-        return output
+        return output, self._appended(new, policy.initial_scores(new[0], attention), step.valid, columns, scores)
 
     def _attend(
         self,
@@ -155,7 +170,7 @@ class Packed:
 
     def demote(self, columns: Columns) -> None:
         """Move the least important tokens of every row that is a block over its budget to the low tier."""
-        high = self.high
+        high, moves = self.high, {}
         for row, (count, num_tokens) in enumerate(zip(high.counts, columns.num_tokens, strict=True)):
             if count - self.config.high_budget(num_tokens) < BLOCK_TOKENS:
                 continue
@@ -164,27 +179,42 @@ class Packed:
                 scores = scores * norms_of_slots(high, row, self.row_transforms[row])
             slots = choose(scores, positions, num_tokens, self.config, self.policy)
             if slots.shape[1]:  # else what is over the budget is protected
-                self._demote(row, slots)
-        needed = self._high_capacity(high.used, columns)
-        if high.capacity > needed:
-            high.resize(needed)  # a chunk of several tokens has passed through
+                moves[row] = slots
+        tiers = self._without(moves, self.low) if moves else self._tiers
+        needed = self._high_capacity(tiers[0].used, columns)
+        if tiers[0].capacity > needed:
+            tiers[0].resize(needed)  # a chunk of several tokens has passed through
+        self._tiers = tiers
 
-    def _demote(self, row: int, slots: Tensor) -> None:
-        count, low = slots.shape[1], self.low
-        if low is not None:
-            low.reserve(low.counts[row] + count)
-        transforms = None if self.high.transformed else self.row_transforms[row]
-        feedback = None if low is None else self._feedback(row)
-        demote(self.high.view, None if low is None else low.view, row, slots, transforms, feedback)
-        self.high.set_count(row, self.high.counts[row] - count)
-        if low is not None:
-            low.set_count(row, low.counts[row] + count)
+    def _without(self, moves: Mapping[int, Tensor], low: Tier | None) -> tuple[Tier, Tier | None]:
+        """Tiers whose rows have the high slots `moves[row]` (G, n) in the low one, or nowhere; these stay as they are.
 
-    def crop(self, num_columns: int, columns: Columns) -> None:
-        """Take back the last `num_columns`. Raises CacheStateError, changing nothing, if some were demoted already."""
-        for row, slots in enumerate(self.slots_of_last(num_columns, columns)):
-            demote(self.high.view, None, row, slots, None)
-            self.high.set_count(row, self.high.counts[row] - slots.shape[1])
+        The high tier is a copy. Of the low tier only slots that are not in use are written.
+        """
+        high = self.high.copy({name: tensor.clone() for name, tensor in self.high.tensors.items()})
+        low = None if low is None else low.copy()
+        for row, slots in moves.items():
+            count = slots.shape[1]
+            if low is not None:
+                low.reserve(low.counts[row] + count)
+            transforms = None if high.transformed else self.row_transforms[row]
+            feedback = None if low is None else self._feedback(row)
+            demote(high.view, None if low is None else low.view, row, slots, transforms, feedback)
+            high.set_count(row, high.counts[row] - count)
+            if low is not None:
+                low.set_count(row, low.counts[row] + count)
+        return high, low
+
+    def cropped(self, num_columns: int, columns: Columns) -> Callable[[], None]:
+        """What takes back the last `num_columns`. Raises CacheStateError if some were demoted already."""
+        gone = dict(enumerate(self.slots_of_last(num_columns, columns)))
+        high, _ = self._without(gone, None)
+        tiers = high, self.low
+
+        def commit() -> None:
+            self._tiers = tiers
+
+        return commit
 
     def slots_of_last(self, num_columns: int, columns: Columns) -> list[Tensor]:
         """Per row, the high slots (G, n), ascending, of the tokens among the last `num_columns`.
@@ -204,16 +234,16 @@ class Packed:
             slots.append(goes.nonzero()[:, 1].view(len(goes), gone))
         return slots
 
-    def select_rows(self, index: Tensor) -> None:
-        """Rows `index` (B',) become the rows."""
-        self.high.select_rows(index)
-        if self.low is not None:
-            self.low.select_rows(index)
+    def of_rows(self, index: Tensor) -> "Packed":
+        """The same of rows `index` (B',)."""
+        other = copy.copy(self)
+        other._tiers = self.high.of_rows(index), None if self.low is None else self.low.of_rows(index)
         keys, values = self.transforms
         index = index.to(self.high.scores.device)
-        self._set_transforms(
+        other._set_transforms(
             keys.map(lambda x: x.index_select(0, index)), values.map(lambda x: x.index_select(0, index))
         )
+        return other
 
     def to(self, device: torch.device | str) -> None:
         """Move all bytes to `device`."""
@@ -243,13 +273,15 @@ class Packed:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors by name, and the rest as JSON types."""
-        tensors = {f"{tier}.{name}": x for tier, table in self._tiers().items() for name, x in table.tensors.items()}
+        tensors = {
+            f"{tier}.{name}": x for tier, table in self._named_tiers().items() for name, x in table.tensors.items()
+        }
         for which, transform in zip(("key_transform", "value_transform"), self.transforms, strict=True):
             tensors |= {f"{which}.{name}": x for name, x in transform.tensors().items()}
-        counts = {name: list(tier.counts) for name, tier in self._tiers().items()}
+        counts = {name: list(tier.counts) for name, tier in self._named_tiers().items()}
         return tensors, {"kind": "packed", "dtype": str(self.model_dtype).removeprefix("torch."), "counts": counts}
 
-    def _tiers(self) -> dict[str, Tier]:
+    def _named_tiers(self) -> dict[str, Tier]:
         return {"high": self.high} | ({} if self.low is None else {"low": self.low})
 
     @classmethod
@@ -274,7 +306,7 @@ class Packed:
         value_center = tensors["value_transform.center"] if config.center_values else None
         value_transform = ValueTransform(value_center, size if config.hadamard_values else 1)
         packed = cls(config, policy, like, (key_transform, value_transform))
-        for name, tier in packed._tiers().items():
+        for name, tier in packed._named_tiers().items():
             tier.restore({part: tensors[f"{name}.{part}"] for part in tier.tensors}, meta["counts"][name])
         return packed
 
@@ -287,27 +319,50 @@ class Packed:
         weight[:, counted] = True
         return weight if step.valid is None else weight & step.valid
 
-    def _append(self, new: tuple[Tensor, Tensor], scores: Tensor, valid: Tensor | None, columns: Columns) -> None:
-        """Put new tokens into the high tier."""
-        high, num_queries = self.high, new[0].shape[2]
-        needed = high.used + num_queries
-        if needed > high.capacity:
-            high.resize(self._high_capacity(needed, columns))
+    def _make_room(self, num_new: int, columns: Columns) -> None:
+        """Have slots for the next tokens of the fullest row."""
+        needed = self.high.used + num_new
+        if needed > self.high.capacity:
+            self.high.resize(self._high_capacity(needed, columns))
+
+    def _appended(
+        self,
+        new: tuple[Tensor, Tensor],
+        new_scores: Tensor,
+        valid: Tensor | None,
+        columns: Columns,
+        scores: Tensor | None,
+    ) -> Callable[[], None]:
+        """Put new tokens after those in use. Returns what makes them count, and `scores` those of the others."""
+        high, counts = self.high, self.high.counts
+        num_new = [new[0].shape[2]] * len(counts) if valid is None else valid.sum(1).tolist()
         if valid is None:
-            append(high.view, *new, scores, columns.num_tokens, self.transforms)
-            high.advance(num_queries)
-            return
-        for row, position in enumerate(columns.num_tokens):
-            tokens = valid[row]
-            keys, values, row_scores = (x[row][:, tokens] for x in (*new, scores))
-            first = high.counts[row]
-            stop = first + keys.shape[1]
-            pack(high.view, row, first, keys, values, self.row_transforms[row])
-            high.scores[row, :, first:stop] = row_scores
-            high.positions[row, :, first:stop] = torch.arange(
-                position, position + stop - first, dtype=torch.int32, device=scores.device
-            )
-            high.set_count(row, stop)
+            append(high.view, *new, new_scores, columns.num_tokens, self.transforms)
+        else:
+            for row, first in enumerate(columns.num_tokens):
+                self._append_to_row(row, first, tuple(x[row][:, valid[row]] for x in (*new, new_scores)))
+        if scores is not None:
+            for row, (first, added) in enumerate(zip(counts, num_new, strict=True)):
+                scores[row, :, first : first + added] = high.scores[row, :, first : first + added]
+        after = [count + added for count, added in zip(counts, num_new, strict=True)]
+        on_host = torch.tensor(after, dtype=torch.int64, device="cpu")
+
+        def commit() -> None:
+            if scores is not None:
+                high.scores.copy_(scores)
+            high.set_counts(after, on_host)
+
+        return commit
+
+    def _append_to_row(self, row: int, position: int, tokens: tuple[Tensor, ...]) -> None:
+        """Put keys, values (G, n, D) and scores (G, n) of tokens from `position` on after those in use."""
+        high, (keys, values, scores) = self.high, tokens
+        first, added = high.counts[row], keys.shape[1]
+        pack(high.view, row, first, keys, values, self.row_transforms[row])
+        high.scores[row, :, first : first + added] = scores
+        high.positions[row, :, first : first + added] = torch.arange(
+            position, position + added, dtype=torch.int32, device=scores.device
+        )
 
     def _high_capacity(self, num_slots: int, columns: Columns) -> int:
         longest = max(columns.num_tokens, default=0)
@@ -316,10 +371,10 @@ class Packed:
 
 def fit_transforms(warm_up: WarmUp, valid: Tensor) -> tuple[KeyTransform, ValueTransform]:
     """The transforms of the warm-up's tokens, marked in `valid` (B, T); its sinks do not count."""
-    config, keys = warm_up.config, warm_up.tokens.keys
+    config, keys, queries = warm_up.config, warm_up.tokens.keys, warm_up.statistics
     body = valid & (valid.cumsum(1) > config.sinks)
     counted = torch.where(body.any(1, keepdim=True), body, valid)
-    stats = PromptStatistics.measure(keys, warm_up.tokens.values, warm_up.query_max, counted, config.center_keys)
+    stats = PromptStatistics.measure(keys, warm_up.tokens.values, queries.query_max, counted, config.center_keys)
     size = hadamard_block_size(keys.shape[3])
     key_transform = fit_key_transform(
         stats,
@@ -328,8 +383,8 @@ def fit_transforms(warm_up: WarmUp, valid: Tensor) -> tuple[KeyTransform, ValueT
         config.balancer_exponents,
         size if config.hadamard_keys else 1,
     )
-    if warm_up.query_moment is not None:
-        key_transform = with_feedback(key_transform, warm_up.query_moment)
+    if queries.query_moment is not None:
+        key_transform = with_feedback(key_transform, queries.query_moment)
     return key_transform, fit_value_transform(stats, config.center_values, size if config.hadamard_values else 1)
 
 

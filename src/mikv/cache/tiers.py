@@ -7,6 +7,7 @@ Each KV head has its own partition of the tokens, but every head of a row has th
 one count per row says how much of a tier is in use. B batch (rows), G KV heads, D head dim.
 """
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -19,7 +20,8 @@ from mikv.ops import TierView
 class Tier:
     """Named tensors (B, G, blocks, ...) that grow together; row b uses its first `counts[b]` slots.
 
-    `view` is what operations are given; it is replaced when tensors or rows are, and its counts follow `set_count`.
+    `view` is what operations are given, and holds all tensors: it is replaced when they are, in one assignment, so that
+    an interruption finds the old storage or the new one. Slots that are not in use may be written at any time.
     """
 
     def __init__(
@@ -37,19 +39,33 @@ class Tier:
             shapes |= {f"{prefix}.{name}": part for name, part in form.part_shapes().items()}
         if with_scores:
             shapes |= {"score": ((BLOCK_TOKENS,), torch.float32), "position": ((BLOCK_TOKENS,), torch.int32)}
-        self.tensors = {
+        empty = {
             name: torch.empty(*rows, 0, *shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()
         }
-        self._adopt([0] * rows[0])
+        self._adopt(empty, [0] * rows[0])
 
-    def _adopt(self, counts: list[int]) -> None:
+    def _adopt(self, tensors: dict[str, Tensor], counts: list[int]) -> None:
         """Show the tensors and counts in a new view."""
-        self.counts = counts
-        self.capacity = next(iter(self.tensors.values())).shape[2] * BLOCK_TOKENS
         pages = torch.arange(len(counts), dtype=torch.int32, device="cpu")[:, None]  # a row is a page
-        self.view = TierView(
-            self.formats, self.tensors, pages, torch.tensor(counts, dtype=torch.int64, device="cpu"), self.transformed
-        )
+        on_host = torch.tensor(counts, dtype=torch.int64, device="cpu")
+        view = TierView(self.formats, tensors, pages, on_host, self.transformed)
+        self.counts, self.view = counts, view
+
+    def copy(self, tensors: Mapping[str, Tensor] | None = None) -> "Tier":
+        """A tier with counts of its own and the same tensors, or others of the same kind."""
+        other = copy.copy(self)
+        other._adopt(dict(self.tensors if tensors is None else tensors), list(self.counts))
+        return other
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The storage by part, (B, G, blocks, ...)."""
+        return self.view.parts
+
+    @property
+    def capacity(self) -> int:
+        """Slots that a row has."""
+        return self.view.capacity
 
     @property
     def used(self) -> int:
@@ -76,22 +92,23 @@ class Tier:
         self.counts[row] = count
         self.view.counts[row] = count
 
-    def advance(self, num_tokens: int) -> None:
-        """The next `num_tokens` slots of every row are in use, too."""
-        self.counts = [count + num_tokens for count in self.counts]
-        self.view.counts.add_(num_tokens)
+    def set_counts(self, counts: list[int], on_host: Tensor) -> None:
+        """Set all rows' counts, given as a tensor (B,) int64, too. May be repeated."""
+        self.view.counts.copy_(on_host)
+        self.counts = counts
 
     def resize(self, capacity: int) -> None:
         """Allocate exactly `capacity` slots per row, whole blocks; those in use are copied as they are."""
         assert capacity % BLOCK_TOKENS == 0, capacity
         assert capacity >= self.used, (capacity, self.used)
         blocks, used = capacity // BLOCK_TOKENS, -(-self.used // BLOCK_TOKENS)
+        resized = {}
         for name, old in self.tensors.items():
             new = old.new_empty(*old.shape[:2], blocks, *old.shape[3:])
             new[:, :, :used] = old[:, :, :used]
             new[:, :, used:] = 0  # a saved cache holds nothing of what the memory held before
-            self.tensors[name] = new
-        self._adopt(self.counts)
+            resized[name] = new
+        self._adopt(resized, self.counts)
 
     def reserve(self, num_tokens: int) -> None:
         """Have room for `num_tokens`, whole blocks, in each row."""
@@ -100,15 +117,17 @@ class Tier:
             slack = num_tokens // BLOCK_TOKENS // 64 if self.capacity else 0
             self.resize(num_tokens + slack * BLOCK_TOKENS)
 
-    def select_rows(self, index: Tensor) -> None:
-        """Rows `index` (B',) become the rows of the tier; a row may be taken several times."""
-        self.tensors = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.tensors.items()}
-        self._adopt([self.counts[row] for row in index.tolist()])
+    def of_rows(self, index: Tensor) -> "Tier":
+        """A tier whose rows are those of `index` (B',); a row may be taken several times."""
+        other = copy.copy(self)
+        chosen = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.tensors.items()}
+        other._adopt(chosen, [self.counts[row] for row in index.tolist()])
+        return other
 
     def to(self, device: torch.device | str) -> None:
         """Move all bytes to `device`."""
-        self.tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
-        self._adopt(self.counts)
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        self._adopt(moved, self.counts)
 
     def restore(self, tensors: Mapping[str, Tensor], counts: list[int]) -> None:
         """Take over saved tensors. Raises ValueError if they are not of this tier's shapes and dtypes."""
@@ -119,55 +138,54 @@ class Tier:
             new = tensors[name]
             if new.dtype != own.dtype or (*new.shape[:2], *new.shape[3:]) != (*own.shape[:2], *own.shape[3:]):
                 raise ValueError(f"{name} has shape {tuple(new.shape)} and dtype {new.dtype}")
-        self.tensors = dict(tensors)
-        self._adopt(list(counts))
+        self._adopt(dict(tensors), list(counts))
 
 
 class RawTokens:
     """All tokens as the model made them, columns in order with padding: the full cache, and the first few tokens."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._keys, self._values = keys.contiguous(), values.contiguous()
+        self._storage = keys.contiguous(), values.contiguous()  # replaced in one assignment
         self.num_columns = keys.shape[2]
 
     @property
     def keys(self) -> Tensor:
         """(B, G, T, D) in the model's dtype."""
-        return self._keys[:, :, : self.num_columns]
+        return self._storage[0][:, :, : self.num_columns]
 
     @property
     def values(self) -> Tensor:
         """(B, G, T, D) in the model's dtype."""
-        return self._values[:, :, : self.num_columns]
+        return self._storage[1][:, :, : self.num_columns]
 
     @property
     def nbytes(self) -> int:
         """All bytes allocated, slack included."""
-        return self._keys.nbytes + self._values.nbytes
+        return sum(tensor.nbytes for tensor in self._storage)
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add columns (B, G, N, D). The first take what they need; later growth is by 1/16, so that it is amortised."""
+    def followed_by(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, T + N, D), with columns (B, G, N, D) that are kept once `num_columns` counts them.
+
+        The first take what they need; later growth is by 1/16, so that it is amortised.
+        """
         needed = self.num_columns + keys.shape[2]
-        if needed > self._keys.shape[2]:
+        if needed > self._storage[0].shape[2]:
             capacity = needed + (needed // 16 if self.num_columns else 0)
-            self._keys, self._values = (_grown(x, self.num_columns, capacity) for x in (self._keys, self._values))
-        self._keys[:, :, self.num_columns : needed] = keys
-        self._values[:, :, self.num_columns : needed] = values
-        self.num_columns = needed
+            old = self._storage
+            self._storage = _grown(old[0], self.num_columns, capacity), _grown(old[1], self.num_columns, capacity)
+        for stored, new in zip(self._storage, (keys, values), strict=True):
+            stored[:, :, self.num_columns : needed] = new
+        return self._storage[0][:, :, :needed], self._storage[1][:, :, :needed]
 
-    def crop(self, num_columns: int) -> None:
-        """Forget the last `num_columns`."""
-        self.num_columns -= num_columns
-
-    def select_rows(self, index: Tensor) -> None:
-        """Rows `index` (B',) become the rows."""
-        index = index.to(self._keys.device)
-        self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
+    def of_rows(self, index: Tensor) -> "RawTokens":
+        """Tokens whose rows are those of `index` (B',)."""
+        index = index.to(self.keys.device)
+        return RawTokens(self.keys.index_select(0, index), self.values.index_select(0, index))
 
     def to(self, device: torch.device | str) -> None:
         """Move all bytes to `device`."""
-        self._keys = self._keys.to(device, non_blocking=True)
-        self._values = self._values.to(device, non_blocking=True)
+        keys, values = self._storage
+        self._storage = keys.to(device, non_blocking=True), values.to(device, non_blocking=True)
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from mikv.errors import ConfigError
 from mikv.integrations.transformers import MiKVCache
+from mikv.integrations.transformers.versions import as_argument
 from mikv.models import LoadedModel
 
 
@@ -60,7 +61,7 @@ def answer(loaded: LoadedModel, token_ids: Sequence[int], cache: MiKVCache, opti
     output = loaded.model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
+        **as_argument(cache),
         streamer=streamer,
         stopping_criteria=StoppingCriteriaList([_Stop(options.stop)]),
         max_new_tokens=options.max_new_tokens,

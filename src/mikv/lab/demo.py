@@ -17,6 +17,7 @@ from mikv.cache.accounting import cache_bytes
 from mikv.cache.config import MiKVConfig
 from mikv.cache.geometry import CacheGeometry
 from mikv.integrations.transformers import LayerMemory, MemoryReport, MiKVCache
+from mikv.integrations.transformers.versions import as_argument
 from mikv.lab.baselines.h2o import h2o
 from mikv.lab.baselines.uniform import uniform
 from mikv.lab.fidelity import Reading, compare, prefill, read_on
@@ -83,7 +84,7 @@ class Reader:
     def answer(self, cache: Cache) -> str:
         """The model's answer to the question; `cache` has read the prompt."""
         generated = self.model.generate(
-            self.prompt[None], past_key_values=cache, max_new_tokens=ANSWER_TOKENS, do_sample=False
+            self.prompt[None], **as_argument(cache), max_new_tokens=ANSWER_TOKENS, do_sample=False
         )
         return str(self.tokenizer.decode(generated[0, len(self.prompt) :], skip_special_tokens=True)).strip()
 

@@ -22,6 +22,7 @@ from mikv.cache.accounting import FP16_BYTES
 from mikv.cache.geometry import CacheGeometry
 from mikv.cache_names import NamedCache, parse_cache
 from mikv.errors import MiKVError, NumericsError
+from mikv.integrations.transformers.versions import as_argument
 from mikv.lab.fidelity import divergence, same_top1
 from mikv.lab.recording import fill, record
 from mikv.lab.tasks.base import Sample, Turn
@@ -187,7 +188,7 @@ class Reader:
         ids = torch.tensor([list(token_ids)], device=self._model.device)
         # said explicitly, because a cache that has dropped tokens may count fewer than were read
         positions = torch.arange(self.num_read, self.num_read + len(token_ids), device=ids.device)[None]
-        log_probs = self._model(ids, position_ids=positions, past_key_values=self._cache).logits[0].float()
+        log_probs = self._model(ids, position_ids=positions, **as_argument(self._cache)).logits[0].float()
         log_probs = log_probs.log_softmax(-1)
         if len(token_ids) == 1:
             self.step_seconds.append(time.perf_counter() - start)

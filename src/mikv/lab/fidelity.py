@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from mikv.integrations.transformers.versions import as_argument
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -39,7 +41,7 @@ class Fidelity:
 def prefill(model: PreTrainedModel, cache: Cache, prompt: Tensor) -> float:
     """Feed prompt (T,) token ids to an empty cache at once; returns seconds."""
     start = time.perf_counter()
-    model(prompt[None], past_key_values=cache, logits_to_keep=1)
+    model(prompt[None], **as_argument(cache), logits_to_keep=1)
     return time.perf_counter() - start
 
 
@@ -51,7 +53,7 @@ def read_on(
     log_probs, seconds = [], []
     for piece in tokens.split(chunk):
         start = time.perf_counter()
-        logits = model(piece[None], past_key_values=cache).logits[0]
+        logits = model(piece[None], **as_argument(cache)).logits[0]
         seconds.append((time.perf_counter() - start) / len(piece))
         log_probs.append(logits.float().log_softmax(-1))
         on_step()

@@ -12,7 +12,7 @@ from torch import Tensor
 from mikv.cache.config import MiKVConfig
 from mikv.cache.packed import Packed
 from mikv.integrations.transformers import MiKVCache
-from mikv.integrations.transformers.cache import MiKVLayer
+from mikv.integrations.transformers.layer import MiKVLayer
 from mikv.lab.recording import Recording, fill
 from mikv.models import LoadedModel
 

@@ -19,7 +19,7 @@ from mikv.cache.partition import protected_tokens
 from mikv.cache.warm_up import WarmUp
 from mikv.errors import ConfigError
 from mikv.integrations.transformers import MiKVCache
-from mikv.integrations.transformers.cache import MiKVLayer
+from mikv.integrations.transformers.layer import MiKVLayer
 from mikv.lab.recording import fill, record
 from mikv.models import LoadedModel
 
@@ -151,7 +151,7 @@ def _layer_map(layer: MiKVLayer, scored: MiKVLayer, num_tokens: int) -> LayerMap
     kept = packed.high.positions[0, :, : packed.high.counts[0]].long()
     high = torch.zeros(kept.shape[0], num_tokens, dtype=torch.bool).scatter_(1, kept, True)
     positions = torch.arange(num_tokens, dtype=torch.int32)
-    scores = warm_up.policy.initial_scores(warm_up.tokens.keys, warm_up.attention)[0]  # (G, T)
+    scores = warm_up.policy.initial_scores(warm_up.tokens.keys, warm_up.statistics.attention)[0]  # (G, T)
     priority = warm_up.policy.priority(scores, positions, num_tokens).expand_as(scores).float()
     return LayerMap(layer.layer_idx, config, high, priority, _protection(config, positions))
 

@@ -14,12 +14,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from mikv.cache.geometry import text_config
 from mikv.cache.warm_up import ExactAttention
 from mikv.integrations.transformers import attention
 from mikv.integrations.transformers.compiled import Layer
+from mikv.integrations.transformers.versions import as_argument
 from mikv.ops import AttentionOptions
 
 
@@ -59,14 +61,13 @@ class Recording:
 
 @torch.no_grad()
 def record(model: PreTrainedModel, tokens: Tensor) -> Recording:
-    """Read the prompt `tokens` (T,) with the full cache. Switches the model's attention to `mikv`, which is exact."""
-    attention.register()
-    model.config.get_text_config(decoder=True)._attn_implementation = attention.NAME
+    """Read the prompt `tokens` (T,) with the full cache, by the model's own attention."""
+    text = text_config(model.config)
     cache = DynamicCache(config=model.config)
     # only full-attention layers are of this very class; sliding ones derive from it
-    cache.layers = [_Recorder() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [_Recorder(text) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     start = time.perf_counter()
-    logits = model(tokens[None], past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    logits = model(tokens[None], **as_argument(cache), logits_to_keep=1).logits[0, -1]
     seconds = time.perf_counter() - start
     recorded = tuple(layer.prompt if isinstance(layer, _Recorder) else layer for layer in cache.layers)
     return Recording(tokens, recorded, logits.float().log_softmax(-1), seconds)
@@ -95,11 +96,16 @@ class _Recorder(DynamicLayer):
     """A full-attention layer that reads one prompt and keeps what `fill` needs."""
 
     prompt: LayerPrompt
+    wants_proof = False
+
+    def __init__(self, model_config: PreTrainedConfig) -> None:
+        super().__init__()
+        self._model_config = model_config
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Lead the attention function here, which brings the queries."""
         super().update(key_states, value_states)
-        return attention.carrier(key_states, self), value_states[:, :, :0]
+        return attention.carriers(key_states, value_states, self, self._model_config)
 
     def attend(self, queries: Tensor, mask: Tensor | None, options: AttentionOptions, exact: ExactAttention) -> Tensor:
         """The model's own attention."""

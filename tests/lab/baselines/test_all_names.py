@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mikv.cache_names import parse_cache, spellings
+from mikv.integrations.transformers.versions import as_argument
 from mikv.lab.recording import fill, record
 from tiny import tiny_model
 
@@ -26,7 +27,7 @@ def recording(model):
 
 
 def read_on(model, cache) -> torch.Tensor:
-    return torch.cat([model(piece[None], past_key_values=cache).logits[0] for piece in PIECES])
+    return torch.cat([model(piece[None], **as_argument(cache)).logits[0] for piece in PIECES])
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *PARAMETRISED, *OVERRIDDEN])
@@ -35,7 +36,7 @@ def test_a_filled_cache_predicts_what_a_prefilled_one_predicts(name, model, reco
     if (reason := named.unavailable()) is not None:
         pytest.skip(reason)
     prefilled = named.make(model, NUM_TOKENS)
-    model(IDS[None, :NUM_PROMPT], past_key_values=prefilled)
+    model(IDS[None, :NUM_PROMPT], **as_argument(prefilled))
     filled = fill(named.make(model, NUM_TOKENS), recording)
     assert prefilled.get_seq_length() == filled.get_seq_length() == NUM_PROMPT
     assert torch.equal(read_on(model, prefilled), read_on(model, filled))
@@ -55,5 +56,5 @@ def test_layers_that_are_not_full_attention_are_filled_too(name) -> None:
     model, named = tiny_model("gemma3"), parse_cache(name)
     prefilled = named.make(model, NUM_TOKENS)
     filled = fill(named.make(model, NUM_TOKENS), record(model, IDS[:NUM_PROMPT]))
-    model(IDS[None, :NUM_PROMPT], past_key_values=prefilled)
+    model(IDS[None, :NUM_PROMPT], **as_argument(prefilled))
     assert torch.equal(read_on(model, prefilled), read_on(model, filled))

@@ -1,5 +1,7 @@
 """H2O, SnapKV and StreamingLLM keep the tokens that their papers keep, in no more bytes than their names allow."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from layer_steps import HEAD_DIM, NUM_KV_HEADS, Steps, kept_positions
@@ -15,7 +17,7 @@ NUM_TOKENS = 400
 
 
 def filled_layer(name: str, steps: Steps, num_prompt: int = NUM_TOKENS):
-    cache = parse_cache(name).make(tiny_model(), NUM_TOKENS)
+    cache = parse_cache(name).make(tiny_model(num_hidden_layers=1), NUM_TOKENS)
     steps.feed(cache.layers[0], 0, num_prompt)
     return cache.config, cache.layers[0]
 
@@ -88,10 +90,10 @@ def test_all_bytes_stay_within_the_share_and_use_it(name: str, num_tokens: int, 
     named = parse_cache(f"{name}@{share}")
     cache = named.make(tiny_model(), num_tokens)
     steps = Steps.random(num_tokens)
-    for layer in cache.layers:
-        steps.feed(layer, 0, num_tokens - 46)
-        steps.feed(layer, num_tokens - 46, num_tokens - 5)
-        steps.feed_one_by_one(layer, num_tokens - 5, num_tokens)
+    stops = (0, num_tokens - 46, *range(num_tokens - 5, num_tokens + 1))
+    for start, stop in pairwise(stops):
+        for layer in cache.layers:
+            steps.feed(layer, start, stop)
     slot, fp16_token = 2 * HEAD_DIM * 2 + 4 + 4, 2 * HEAD_DIM * 2
     heads = len(cache.layers) * NUM_KV_HEADS
     allowed = share * heads * num_tokens * fp16_token

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, QuantizedCache
 
 from mikv.cache_names import parse_cache
+from mikv.integrations.transformers.versions import as_argument
 from tiny import tiny_model
 
 
@@ -12,7 +13,7 @@ def test_the_full_cache_holds_the_models_own_numbers() -> None:
     model, named = tiny_model(), parse_cache("full")
     cache = named.make(model, 87)
     assert type(cache) is DynamicCache
-    model(torch.arange(3, 90)[None], past_key_values=cache)
+    model(torch.arange(3, 90)[None], **as_argument(cache))
     assert named.bytes(cache) == 2 * 2 * 2 * 64 * 87 * 4  # layers, keys and values, heads, channels, tokens, float32
 
 

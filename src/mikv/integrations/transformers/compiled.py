@@ -5,14 +5,16 @@ tensor with a number, for the attention function of the same layer, which calls 
 layer by that number. What it does to the cache the graph need not know: each step's output depends on the one before.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from mikv.cache.warm_up import ExactAttention
 from mikv.errors import CacheStateError
+from mikv.integrations.transformers import loan
 from mikv.ops import AttentionOptions, attend_unpacked, visible
 
 
@@ -32,9 +34,14 @@ class Layer(Protocol):
 
 
 class _Route:
-    """Which layer the attention function that is traced next belongs to; None outside of a compiled cache layer."""
+    """Which layer the attention function that is traced next belongs to; None outside of a compiled cache layer.
+
+    config, own   the model's configuration, and the attention implementation that it is to have back
+    """
 
     handle: Tensor | None = None
+    config: Any = None
+    own: str = ""
 
 
 _ROUTE = _Route()
@@ -52,9 +59,10 @@ def register(layer: Layer) -> Tensor:
     return torch.tensor(id(layer), dtype=torch.int64, device="cpu")
 
 
-def enter(handle: Tensor) -> None:
-    """The next attention is that of the layer with this handle."""
-    _ROUTE.handle = handle
+def enter(handle: Tensor, config: PreTrainedConfig, borrowed: str) -> None:
+    """The next attention is that of the layer with this handle: the configuration names it until then."""
+    _ROUTE.handle, _ROUTE.config, _ROUTE.own = handle, config, config._attn_implementation
+    loan.put(config, borrowed)
 
 
 def is_entered() -> bool:
@@ -62,14 +70,11 @@ def is_entered() -> bool:
     return _ROUTE.handle is not None
 
 
-def attention(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: AttentionOptions
-) -> Tensor | None:
-    """The step of the layer that was entered (B, H, Tq, D), or None if none was."""
-    handle = _ROUTE.handle
-    if handle is None:
-        return None
-    _ROUTE.handle = None
+def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+    """The step of the layer that was entered (B, H, Tq, D)."""
+    handle, _ROUTE.handle = _ROUTE.handle, None
+    loan.put(_ROUTE.config, _ROUTE.own)
+    _ROUTE.config = None
     return torch.ops.mikv_transformers.cached_attention(
         handle, queries, keys, values, mask, options.scale, options.softcap or 0.0, options.sinks
     )

@@ -13,11 +13,12 @@ KV head, and a row of values holds the tokens of equal rank of all heads.
 B batch, H query heads, G KV heads, T tokens, D head dim.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mikv.cache.accounting import FP16_BYTES
 from mikv.cache.warm_up import ExactAttention
@@ -34,10 +35,8 @@ _SEED = 2405
 
 
 def zipcache(model: PreTrainedModel) -> SimulatedCache:
-    """An empty cache. Switches the model's attention to `mikv`, which brings the queries."""
-    attention.register()
-    model.config.get_text_config(decoder=True)._attn_implementation = attention.NAME
-    return SimulatedCache(model.config, ZipCacheLayer)
+    """An empty cache. It borrows the model's attention, which brings the queries."""
+    return SimulatedCache(model.config, partial(ZipCacheLayer, model.config.get_text_config(decoder=True)))
 
 
 class ZipCacheLayer(SimulatedLayer):
@@ -49,6 +48,11 @@ class ZipCacheLayer(SimulatedLayer):
     """
 
     pending: tuple[Tensor, Tensor]
+    wants_proof = False
+
+    def __init__(self, model_config: PreTrainedConfig) -> None:
+        super().__init__()
+        self._model_config = model_config
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Begin empty."""
@@ -60,7 +64,7 @@ class ZipCacheLayer(SimulatedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Lead the attention function here, which brings the queries."""
         self.pending = key_states, value_states
-        return attention.carrier(key_states, self), value_states[:, :, :0]
+        return attention.carriers(key_states, value_states, self, self._model_config)
 
     def attend(self, queries: Tensor, mask: Tensor | None, options: AttentionOptions, exact: ExactAttention) -> Tensor:
         """Attend to what is stored and to the pending tokens, and store those."""
