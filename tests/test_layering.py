@@ -12,7 +12,7 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 # The layer of every file or folder directly under mikv. A layer may import itself and what is below it.
 ROOMS = (
-    {"errors", "choices", "atomic_file", "processor", "_native"},
+    {"arithmetic", "errors", "choices", "atomic_file", "processor", "_native"},
     {"formats", "packing", "transforms", "reference"},
     {"ops"},
     {"cache", "weights"},

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mikv.arithmetic import own_arithmetic
 from mikv.cache.columns import StepMask
 from mikv.cache.config import MiKVConfig
 from mikv.cache.policies.base import ImportancePolicy
@@ -86,6 +87,7 @@ class WarmUp:
 
         return exact(keys, values), commit
 
+    @own_arithmetic
     def _observed(
         self, queries: Tensor, keys: Tensor, mask: Tensor | None, step: StepMask, options: AttentionOptions
     ) -> QueryStatistics:

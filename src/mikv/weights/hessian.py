@@ -18,7 +18,7 @@ def damped(hessian: Tensor, share: float) -> Tensor:
     """
     mean = hessian.diagonal().mean()
     extra = torch.where(mean > 0, share * mean, 1.0)
-    return hessian + extra * torch.eye(hessian.shape[0], device=hessian.device)
+    return hessian + extra * torch.eye(hessian.shape[0], dtype=torch.float32, device=hessian.device)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
         # with the columns in reverse, H = L L^T; turned back, H = R R^T with R upper triangular, and U = R^-1
         lower, failed = torch.linalg.cholesky_ex(damped(hessian, share).flip(0, 1) if share else hessian.flip(0, 1))
         if not int(failed):
-            identity = torch.eye(hessian.shape[0], device=hessian.device)
+            identity = torch.eye(hessian.shape[0], dtype=torch.float32, device=hessian.device)
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         share = max(_LEAST_EXTRA, share * 10)
     raise NumericsError(

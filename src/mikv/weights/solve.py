@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from mikv.arithmetic import own_arithmetic
 from mikv.errors import ConfigError, NumericsError
 from mikv.weights.alternating import alternating, with_offset
 from mikv.weights.calibrated import gptq, gptq_bcq, refined_bcq, refined_uniform
@@ -60,6 +61,7 @@ def follows_drift(method: str) -> bool:
     return needs_hessian(method) and method != "gptq"
 
 
+@own_arithmetic
 def solve(weight: Tensor, bits: int, group_size: int | None, method: str, hessian: Tensor | None = None) -> BCQWeight:
     """The coding of float32 (M, K) with `bits` planes and groups of so many columns, None being whole rows.
 
@@ -92,6 +94,7 @@ def in_layer(name: str) -> Iterator[None]:
         raise type(error)(f"{name}: {error}") from error
 
 
+@own_arithmetic
 def output_error(weight: Tensor, coded: BCQWeight, hessian: Tensor | None = None) -> float:
     """The mean squared error of the layer's output, relative to the output's mean square: trace(E H E^T) over W's.
 
@@ -113,7 +116,7 @@ def output_error(weight: Tensor, coded: BCQWeight, hessian: Tensor | None = None
 def column_importance(weight: Tensor, hessian: Tensor | None) -> Tensor:
     """What the error of each column costs, float32 (K,): the mean square of its input, or 1 if that is not known."""
     if hessian is None:
-        return torch.ones(weight.shape[1], device=weight.device)
+        return torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
     return damped(hessian, _LEAST_IMPORTANCE).diagonal()
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from mikv.arithmetic import own_arithmetic
 from mikv.cache.geometry import text_config
 from mikv.errors import ConfigError, NumericsError
 from mikv.integrations.quantizer.reading import read, require_reached
@@ -208,6 +209,7 @@ class _Mean:
         self.total: Tensor | None = None
         self.count = 0
 
+    @own_arithmetic
     def add(self, y: Tensor, x: Tensor) -> None:
         """Tokens (n, K) each."""
         if self.total is None:

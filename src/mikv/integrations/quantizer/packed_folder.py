@@ -92,7 +92,9 @@ class PackedFolder:
         self._require_zeros(f"{layer}.qzeros")
 
     def _require_order(self, name: str, in_features: int) -> None:
-        in_order = torch.arange(in_features) // (self.settings.layout.group_size or in_features)
+        in_order = torch.arange(in_features, dtype=torch.int64, device="cpu") // (
+            self.settings.layout.group_size or in_features
+        )
         if not torch.equal(self.read(name).long(), in_order):
             raise UnsupportedModelError(
                 f"{name}: groups of inputs out of order (desc_act, also called act-order) cannot be imported; "

@@ -199,12 +199,8 @@ def _own_attention(
     if own not in (None, "sdpa") or (call["softcap"] is None and call["s_aux"] is None):
         given = {name: value for name, value in call.items() if value is not None or name == "scaling"}
         return loan.own_function(own or "sdpa", module)(module, query, *key_value, mask, **given)
-    if call["dropout"]:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has attention dropout beside a softcap or sinks, which sdpa cannot do; load the "
-            "model with attn_implementation='eager' to train it"
-        )
-    options = AttentionOptions(call["scaling"] or query.shape[-1] ** -0.5, call["softcap"], call["s_aux"])
+    scale = call["scaling"] or query.shape[-1] ** -0.5
+    options = AttentionOptions(scale, call["softcap"], call["s_aux"], dropout=call["dropout"])
     seen = None if mask is None else visible(mask)
     causal = getattr(module, "is_causal", True)
     return attend_unpacked(query, *key_value, seen, options, causal=causal).transpose(1, 2).contiguous(), None
