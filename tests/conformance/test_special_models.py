@@ -39,7 +39,8 @@ UNKNOWN = {
 def test_a_tensor_argument_of_attention_that_is_not_known_is_refused_by_name(
     name: str, is_cached: bool, llama: PreTrainedModel
 ) -> None:
-    cache = MiKVCache(llama.config, EXACT)  # switches the model's attention
+    cache = MiKVCache(llama.config, EXACT)
+    llama.config._attn_implementation = "sdpa" if is_cached else "mikv"
     with pytest.raises(UnsupportedModelError, match=name):
         llama(IDS, **({CACHE: cache} if is_cached else {"use_cache": False}), **{name: UNKNOWN[name]})
 
@@ -81,6 +82,7 @@ def test_a_cache_of_ours_inside_that_of_an_encoder_decoder_is_exact_or_refused(n
         assert inner.get_seq_length() > IDS.shape[1]
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig", "LoraConfig"])
 def test_attach_to_an_adapted_model_uses_our_cache_or_says_why_not(kind: str) -> None:
     peft = pytest.importorskip("peft")

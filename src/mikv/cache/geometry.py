@@ -93,10 +93,12 @@ def context_length(model_config: Any) -> int | None:
 
 def refuse_latent_attention(config: Any) -> None:
     """Raise UnsupportedModelError if the model caches latents instead of keys and values (DeepSeek's MLA)."""
-    if getattr(config, "kv_lora_rank", None):
+    per_layer = getattr(config, "per_layer_config", None)
+    ranks = [getattr(one, "kv_lora_rank", None) for one in ([config] if per_layer is None else per_layer)]
+    if rank := max(filter(None, ranks), default=None):
         raise UnsupportedModelError(
             f"{getattr(config, 'model_type', 'this model')} uses multi-head latent attention "
-            f"(kv_lora_rank={config.kv_lora_rank}): it caches one compressed latent per token and no keys and values "
+            f"(kv_lora_rank={rank}): it caches one compressed latent per token and no keys and values "
             "per head, so mikv has nothing to compress; use transformers' DynamicCache"
         )
 
