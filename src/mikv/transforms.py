@@ -27,6 +27,7 @@ _BALANCER_MIN, _BALANCER_MAX = 1e-4, 1e4
 _HALF_MAX = 65504.0
 _FEEDBACK_DTYPE = torch.float8_e4m3fn
 _FEEDBACK_MAX = torch.finfo(_FEEDBACK_DTYPE).max
+_KEY_MAX_FLOOR = 0.5
 # Share of the mean of the metric's diagonal that is added to it: queries to come differ from those of the prompt.
 _FEEDBACK_DAMPING = 0.1
 
@@ -136,6 +137,26 @@ class PromptStatistics:
         centered = keys.float() - _storable(key_mean).float() if center_keys else keys.float()
         key_max = (centered.abs() * weight).amax(2, keepdim=True)
         return cls(key_mean, value_mean, key_max, query_max[:, :, None, :])
+
+    def shared_by(self, good: Tensor, share: Tensor) -> Self:
+        """These of the rows `good` (B,) bool; the others have what those have in common, each by its `share` (B,)."""
+        own, share = good[:, None, None, None], share[:, None, None, None].float()
+
+        def common(name: str) -> Tensor:
+            x = getattr(self, name)
+            pooled = (x * share).sum(0) if name.endswith("mean") else (x * own).amax(0)
+            return torch.where(own, x, pooled)
+
+        names = [field.name for field in fields(self)]
+        return type(self)(**{name: common(name) for name in names})
+
+    @property
+    def floored_key_max(self) -> Tensor:
+        """`key_max`, at least half of its mean over the channels.
+
+        Where keys hardly differ, channels that do not change would be stretched until all bits went to noise.
+        """
+        return self.key_max.clamp_min(_KEY_MAX_FLOOR * self.key_max.mean(-1, keepdim=True))
 
 
 def channel_balancer(query_max: Tensor, key_max: Tensor, exponents: tuple[float, float]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from mikv.cache.basis import is_ready
 from mikv.cache.columns import Columns
 from mikv.cache.config import MiKVConfig
 from mikv.cache.formats import layer_formats
@@ -206,7 +207,7 @@ class TwoTierLayer:
         if held is not None and not self.holds_demotion and not self.config.keeps_everything_exact:
             if isinstance(held.tokens, Packed):
                 held.tokens.demote(held.columns)
-            elif max(held.columns.num_tokens) >= max(1, self.config.warmup_tokens):
+            elif is_ready(held.tokens, held.columns):
                 self._warn_of_small(held.tokens)
                 self._held = replace(held, tokens=Packed.partition(held.tokens, held.columns))
         self._is_due = False

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mikv.cache.accounting import high_tier_capacity
 from mikv.cache.afar import attend_from_afar
+from mikv.cache.basis import fit_basis
 from mikv.cache.columns import Columns, StepMask
 from mikv.cache.config import MiKVConfig
 from mikv.cache.formats import layer_formats
@@ -26,12 +27,8 @@ from mikv.formats import BLOCK_TOKENS
 from mikv.ops import AttentionOptions, append, attend, demote, pack
 from mikv.transforms import (
     KeyTransform,
-    PromptStatistics,
     ValueTransform,
-    fit_key_transform,
-    fit_value_transform,
     hadamard_block_size,
-    with_feedback,
 )
 
 # Tokens that are transformed and quantized at once: their temporaries stay in the processor's second-level cache.
@@ -84,7 +81,7 @@ class Packed:
         valid = columns.valid(device)
         if valid is None:
             valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=device)
-        packed = cls(warm_up.config, warm_up.policy, keys, fit_transforms(warm_up, valid))
+        packed = cls(warm_up.config, warm_up.policy, keys, fit_basis(warm_up, columns, valid))
         scores = packed.policy.initial_scores(keys, warm_up.statistics.attention)
 
         choices = []
@@ -367,25 +364,6 @@ class Packed:
     def _high_capacity(self, num_slots: int, columns: Columns) -> int:
         longest = max(columns.num_tokens, default=0)
         return high_tier_capacity(self.config, longest, num_slots)
-
-
-def fit_transforms(warm_up: WarmUp, valid: Tensor) -> tuple[KeyTransform, ValueTransform]:
-    """The transforms of the warm-up's tokens, marked in `valid` (B, T); its sinks do not count."""
-    config, keys, queries = warm_up.config, warm_up.tokens.keys, warm_up.statistics
-    body = valid & (valid.cumsum(1) > config.sinks)
-    counted = torch.where(body.any(1, keepdim=True), body, valid)
-    stats = PromptStatistics.measure(keys, warm_up.tokens.values, queries.query_max, counted, config.center_keys)
-    size = hadamard_block_size(keys.shape[3])
-    key_transform = fit_key_transform(
-        stats,
-        config.center_keys,
-        config.balance_keys,
-        config.balancer_exponents,
-        size if config.hadamard_keys else 1,
-    )
-    if queries.query_moment is not None:
-        key_transform = with_feedback(key_transform, queries.query_moment)
-    return key_transform, fit_value_transform(stats, config.center_values, size if config.hadamard_values else 1)
 
 
 def _newest_held(positions: Tensor, num_tokens: int) -> int:
