@@ -1,4 +1,4 @@
-"""Whether an installed mikv works: PyTorch loads nothing of it, a tiny model generates through its kernels and is given back."""
+"""Whether an installed mikv works: PyTorch loads nothing of it, and a tiny model generates through its kernels."""
 
 import sys
 from pathlib import Path
