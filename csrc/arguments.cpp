@@ -1,5 +1,8 @@
 #include "arguments.h"
 
+#include <algorithm>
+#include <cmath>
+
 namespace mikv {
 
 using nanobind::dlpack::dtype;
@@ -45,6 +48,12 @@ Shape shape_of(const Array& array) {
 void require_type(const char* name, const Array& array, const dtype& expected) {
   if (!array.is_on_cpu()) refuse(name, " is not on the CPU; move it with .cpu()");
   if (array.dtype() != expected) refuse(name, " has dtype ", array.dtype(), "; it must be ", expected);
+  if (array.is_empty()) return;
+  // a fake tensor, or one whose memory was given back
+  if (array.data() == nullptr) refuse(name, " has no memory; pass a tensor that holds numbers");
+  if (reinterpret_cast<uintptr_t>(array.data()) % (expected.bits / 8) != 0) {
+    refuse(name, " does not begin at a whole number in memory; pass .clone()");
+  }
 }
 
 Numbers float_numbers(const char* name, const Array& array) {
@@ -64,12 +73,28 @@ void require_shape(const char* name, const Array& array, const Shape& shape) {
 
 // Axes of one element have no stride that matters, and arrays without elements none at all.
 void require_contiguous(const char* name, const Array& array, size_t first_axis) {
+  if (array.is_empty()) return;
   int64_t stride = 1;
   for (size_t axis = array.ndim(); axis-- > first_axis;) {
-    if (array.shape(axis) != 1 && array.stride(axis) != stride && array.size() != 0) {
+    if (array.shape(axis) != 1 && array.stride(axis) != stride) {
       refuse(name, " is not contiguous from axis ", int64_t(first_axis), " on; pass .contiguous()");
     }
     stride *= array.shape(axis);
+  }
+}
+
+// Different blocks (P, G, blocks) have different memory: an expanded axis has not.
+void require_separate(const char* name, const Array& array) {
+  if (array.is_empty()) return;
+  std::pair<int64_t, int64_t> axes[3];  // stride and length
+  for (size_t axis = 0; axis < 3; ++axis) axes[axis] = {array.stride(axis), array.shape(axis)};
+  std::sort(std::begin(axes), std::end(axes));
+  int64_t reach = 1;
+  for (size_t axis = 3; axis < array.ndim(); ++axis) reach *= array.shape(axis);
+  for (const auto& [stride, length] : axes) {
+    if (length == 1) continue;
+    if (stride < reach) refuse(name, " has blocks that share memory; pass .contiguous()");
+    reach += (length - 1) * stride;
   }
 }
 
@@ -78,6 +103,7 @@ Part part_of(const char* name, const Array& array, const dtype& type, const Shap
   require_type(name, array, type);
   require_shape(name, array, shape);
   require_contiguous(name, array, 3);
+  require_separate(name, array);
   const int64_t bytes = type.bits / 8;
   return {static_cast<char*>(array.data()), array.stride(0) * bytes, array.stride(1) * bytes, array.stride(2) * bytes};
 }
@@ -138,6 +164,28 @@ int32_t require_range(const char* name, int64_t value, int64_t low, int64_t high
   return int32_t(value);
 }
 
+int require_threads(int num_threads) { return require_range("threads", num_threads, 1, 1024); }  // more, and OpenMP's runtime may give up
+
+float require_finite(const char* name, float value) {
+  if (!std::isfinite(value)) refuse(name, " is ", std::to_string(value), "; it must be finite");
+  return value;
+}
+
+void require_apart(const char* name, const Array& written, Others others) {
+  const auto [first, stop] = written.extent();
+  for (const Array* other : others) {
+    if (other == nullptr || other == &written) continue;
+    const auto [other_first, other_stop] = other->extent();
+    if (first < other_stop && other_first < stop) {
+      refuse(name, " shares memory with another argument; pass a tensor of its own");
+    }
+  }
+}
+
+void require_apart(const char* name, const Array& written, const TierArgument& tier) {
+  for (const Array& part : std::get<0>(tier)) require_apart(name, written, {&part});
+}
+
 template <class T>
 T* numbers_of(const char* name, const Array& array, const Shape& shape) {
   require_type(name, array, dtype_of<T>());
@@ -176,7 +224,7 @@ Tokens tokens_of(const char* name, const Array& array, const Shape& shape) {
           head == 1 ? array.stride(0) : 0, array.stride(head), array.stride(head + 1)};
 }
 
-Tier tier_of(const char* name, const TierArgument& argument, int64_t num_kv_heads, int64_t head_dim) {
+Tier tier_of(const char* name, const TierArgument& argument, int64_t num_kv_heads, int64_t head_dim, Indices& own) {
   const auto& [parts, pages, counts, format] = argument;
   const Format keys{Numbers(format[0]), format[1], format[2]}, values{Numbers(format[3]), format[4], format[5]};
   require_format(name, keys, true, head_dim);
@@ -187,14 +235,24 @@ Tier tier_of(const char* name, const TierArgument& argument, int64_t num_kv_head
   }
   require_axes(name, parts[0], 5);
   require_axes("pages", pages, 2);
-  const Shape blocks{parts[0].shape(0), num_kv_heads, parts[0].shape(2)};
+  for (size_t i = 1; i < parts.size(); ++i)
+    for (size_t j = 0; j < i; ++j) {
+      if (parts[i].data() == parts[j].data() && !parts[i].is_empty()) refuse(name, " has parts that share memory");
+    }
+  const int64_t rows = pages.shape(0);
+  const int32_t* page = numbers_of<int32_t>("pages", pages, {rows, pages.shape(1)});
+  const int64_t* count = numbers_of<int64_t>("counts", counts, {rows});
+  const int64_t blocks_per_page = require_range("blocks of a page", parts[0].shape(2), 0, kMaxInt);
+  require_range("blocks of a row", pages.shape(1), 0, kMaxInt / std::max<int64_t>(1, blocks_per_page));
+  own = {{page, page + pages.size()}, {count, count + rows}};
+  const Shape blocks{parts[0].shape(0), num_kv_heads, blocks_per_page};
   return {side_of(name, keys, parts.data(), blocks, head_dim),
           side_of(name, values, parts.data() + num_key_parts, blocks, head_dim),
-          numbers_of<int32_t>("pages", pages, {pages.shape(0), pages.shape(1)}),
+          own.pages.data(),
           pages.shape(1),
           blocks.sizes[2],
-          numbers_of<int64_t>("counts", counts, {pages.shape(0)}),
-          format[6]};
+          own.counts.data(),
+          require_range("whether the tier is transformed", format[6], 0, 1)};
 }
 
 template <class T>
@@ -208,14 +266,15 @@ int64_t num_pages(const TierArgument& argument) { return std::get<0>(argument)[0
 int64_t num_rows(const TierArgument& argument) { return std::get<1>(argument).shape(0); }
 int64_t capacity(const Tier& tier) { return tier.pages_per_row * tier.blocks_per_page * kBlockTokens; }
 
-void require_slots(const char* name, const Tier& tier, int64_t num_pages, int64_t row, int64_t first, int64_t stop) {
-  if (first < 0 || stop > capacity(tier)) {
+void require_slots(const char* name, const Tier& tier, int64_t num_pages, int64_t row, int64_t first, int64_t count) {
+  if (first < 0 || first > capacity(tier) || count > capacity(tier) - first) {
+    const int64_t stop = first > capacity(tier) ? first : first + count;  // which might not be a number
     refuse(name, ": slots ", first, " to ", stop, " of row ", row, " do not fit into its ", capacity(tier),
            "; grow the tier first");
   }
-  if (first >= stop) return;
+  if (count <= 0) return;
   const int64_t page_tokens = tier.blocks_per_page * kBlockTokens;
-  for (int64_t i = first / page_tokens; i <= (stop - 1) / page_tokens; ++i) {
+  for (int64_t i = first / page_tokens; i <= (first + count - 1) / page_tokens; ++i) {
     const int64_t page = tier.pages[row * tier.pages_per_row + i];
     if (page < 0 || page >= num_pages) {
       refuse(name, ": pages[", row, ", ", i, "]=", page, " is not one of its ", num_pages, " pages");

@@ -1,5 +1,6 @@
 // From Python's tensors to the structs of kernels.h. Every dtype, shape, stride and index is checked here, before any
-// work, with a message that names the argument, its value and what is expected. Nothing is ever copied or converted.
+// work, with a message that names the argument, its value and what is expected. Numbers are never copied or converted;
+// indices are copied, so that they stay what they were when they were checked, whoever writes to the tensor meanwhile.
 #pragma once
 
 #include <nanobind/stl/array.h>
@@ -9,6 +10,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -51,7 +53,16 @@ template <class... Pieces>
 }
 
 void require_axes(const char* name, const Array&, size_t num_axes);
+constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
+
 int32_t require_range(const char* name, int64_t value, int64_t low, int64_t high);
+int require_threads(int num_threads);
+float require_finite(const char* name, float value);
+
+// That `written`, the result `name`, shares no memory with any of `others`, of which some may be missing.
+using Others = std::initializer_list<const Array*>;
+void require_apart(const char* name, const Array& written, Others others);
+inline const Array* maybe(const MaybeArray& array) { return array ? &*array : nullptr; }
 
 // A contiguous array of one dtype and shape.
 template <class T>
@@ -75,8 +86,15 @@ Rows rows_of(const char* name, const Array&, int64_t n);
 // Floats (B, heads, T, D), or (heads, T, D) of one row, with contiguous channels.
 Tokens tokens_of(const char* name, const Array&, const Shape&);
 
+// The pages and counts of a tier, which must outlive it.
+struct Indices {
+  std::vector<int32_t> pages;
+  std::vector<int64_t> counts;
+};
+
 // A tier of G heads, and how many pages and rows it has.
-Tier tier_of(const char* name, const TierArgument&, int64_t num_kv_heads, int64_t head_dim);
+Tier tier_of(const char* name, const TierArgument&, int64_t num_kv_heads, int64_t head_dim, Indices&);
+void require_apart(const char* name, const Array& written, const TierArgument&);
 int64_t num_pages(const TierArgument&);
 int64_t num_rows(const TierArgument&);
 int64_t capacity(const Tier&);
@@ -85,8 +103,8 @@ int64_t capacity(const Tier&);
 template <class T>
 Part book_part_of(const char* name, const Array&, const Shape&);
 
-// That the slots [first, stop) of a row have pages; that all tokens of a row do.
-void require_slots(const char* name, const Tier&, int64_t num_pages, int64_t row, int64_t first, int64_t stop);
+// That `count` slots of a row from `first` on have pages; that all tokens of a row do.
+void require_slots(const char* name, const Tier&, int64_t num_pages, int64_t row, int64_t first, int64_t count);
 void require_counts(const char* name, const Tier&, int64_t num_pages, int64_t row);
 
 // Transforms of all rows (B, G, 1, D) or of one (G, 1, D).

@@ -7,14 +7,17 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <utility>
+
 namespace mikv {
 
 class Array {
  public:
   Array() = default;
 
-  // False if `object` is no tensor. The object must outlive this.
+  // False if `object` is no tensor. Holds on to the object: a list may lose it while kernels run.
   bool assign(nanobind::handle object) noexcept {
+    object_ = nanobind::borrow(object);
     if (auto* view = view_function(object)) {
       if (view(object.ptr(), &tensor_) == 0) return true;
       PyErr_Clear();
@@ -32,10 +35,28 @@ class Array {
   size_t ndim() const { return size_t(tensor_.ndim); }
   int64_t shape(size_t axis) const { return tensor_.shape[axis]; }
   int64_t stride(size_t axis) const { return tensor_.strides[axis]; }  // in elements
+  bool is_empty() const {
+    for (size_t axis = 0; axis < ndim(); ++axis)
+      if (shape(axis) == 0) return true;
+    return false;
+  }
   int64_t size() const {
+    if (is_empty()) return 0;  // whose other axes may be of any length
     int64_t product = 1;
     for (size_t axis = 0; axis < ndim(); ++axis) product *= shape(axis);
     return product;
+  }
+
+  // The bytes from the first number to the last, whatever the order of the axes.
+  std::pair<const char*, const char*> extent() const {
+    const int64_t bytes = dtype().bits / 8;
+    const char *first = static_cast<const char*>(data()), *last = first;
+    if (is_empty()) return {first, first};
+    for (size_t axis = 0; axis < ndim(); ++axis) {
+      const int64_t reach = (shape(axis) - 1) * stride(axis) * bytes;
+      (reach < 0 ? first : last) += reach;
+    }
+    return {first, last + bytes};
   }
 
  private:
@@ -65,6 +86,7 @@ class Array {
     return known = exchange ? exchange->view : nullptr;
   }
 
+  nanobind::object object_;
   nanobind::dlpack::dltensor tensor_;
   nanobind::ndarray<> owner_;
 };

@@ -127,6 +127,13 @@ void attend_turn(const Attend& call, int32_t first_query, int32_t num_queries, i
 }  // namespace
 
 void attend(const Attend& call, int num_threads) {
+  for (int i = 0; i < call.num_tiers && call.num_queries == 0; ++i)
+    if (call.received[i]) {
+      std::fill_n(call.received[i], int64_t{call.batch} * call.num_kv_heads * call.received_stride[i], 0.0f);
+    }
+  if (call.num_queries == 0 && call.received_new) {
+    std::fill_n(call.received_new, int64_t{call.batch} * call.num_kv_heads * call.num_new, 0.0f);
+  }
   const int32_t per_turn = std::max(1, kMaxRows / call.group);
   for (int32_t first = 0; first < call.num_queries; first += per_turn)
     attend_turn(call, first, std::min(per_turn, call.num_queries - first), num_threads);

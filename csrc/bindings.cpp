@@ -1,7 +1,5 @@
 // mikv._native: checks what Python passes, releases the GIL, calls the operation. No arithmetic. `mikv.ops.cpu` is its
 // only user; shapes are those of `mikv.ops`.
-#include <limits>
-
 #include "arguments.h"
 #include "dispatch.h"
 #include "operations.h"
@@ -12,8 +10,6 @@ namespace nb = nanobind;
 namespace mikv {
 namespace {
 
-constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
-
 int32_t group_of(int64_t num_heads, int64_t num_kv_heads) {
   require_range("KV heads", num_kv_heads, 1, kMaxInt);
   if (num_heads % num_kv_heads != 0) {
@@ -23,10 +19,13 @@ int32_t group_of(int64_t num_heads, int64_t num_kv_heads) {
 }
 
 // The slots (G, n) of a row, each in use.
-const int64_t* slots_of(const Array& slots, const Tier& tier, int64_t row, const Shape& shape) {
-  const int64_t* data = numbers_of<int64_t>("slots", slots, shape);
-  for (int64_t i = 0; i < slots.size(); ++i) require_range("slot", data[i], 0, tier.counts[row] - 1);
-  return data;
+std::vector<int64_t> slots_of(const Array& array, const Tier& tier, int64_t row, const Shape& shape) {
+  const int64_t* data = numbers_of<int64_t>("slots", array, shape);
+  std::vector<int64_t> slots(data, data + array.size());
+  for (int64_t slot : slots) {
+    if (slot < 0 || slot >= tier.counts[row]) refuse("slot=", slot, " is not in 0..", tier.counts[row] - 1);
+  }
+  return slots;
 }
 
 void py_attend(const Array& queries, const Array& keys, const Array& values, const MaybeArray& mask,
@@ -51,16 +50,19 @@ void py_attend(const Array& queries, const Array& keys, const Array& values, con
   if (!mask && num_new != 0 && num_new < Tq) {
     refuse(Tq, " queries are more than the ", num_new, " new tokens; pass a mask");
   }
+  Indices own[2];
   for (const TierArgument* argument : {&high, low ? &*low : nullptr}) {
     if (argument == nullptr) continue;
     const char* name = argument == &high ? "high tier" : "low tier";
     if (num_rows(*argument) != B) refuse(name, " has pages of ", num_rows(*argument), " rows; the batch has ", B);
-    Tier& tier = call.tiers[call.num_tiers++] = tier_of(name, *argument, G, D);
+    Tier& tier = call.tiers[call.num_tiers] = tier_of(name, *argument, G, D, own[call.num_tiers]);
+    ++call.num_tiers;
     for (int64_t row = 0; row < B; ++row) require_counts(name, tier, num_pages(*argument), row);
   }
   std::tie(call.key_transform, call.value_transform) = transforms_of(transforms, {B, G, 1, D});
-  call.scale = scale;
-  call.softcap = softcap;
+  call.scale = require_finite("scale", scale);
+  call.softcap = require_finite("softcap", softcap);
+  if (softcap < 0) refuse("softcap is negative; 0 is none");
   call.sinks = numbers_of<float>("sinks", sinks, {H});
   call.query_weight = numbers_of<float>("query_weight", query_weight, {B, Tq});
   call.exact = exact;
@@ -68,7 +70,14 @@ void py_attend(const Array& queries, const Array& keys, const Array& values, con
   call.received_stride[0] = capacity(call.tiers[0]);
   call.received[0] = numbers_of<float>("received of the high tier", received_high, {B, G, call.received_stride[0]});
   call.received_new = numbers_of<float>("received of the new tokens", received_new, {B, G, num_new});
-  require_range("threads", num_threads, 1, kMaxInt);
+  for (const Array* written : {&output, maybe(received_high), maybe(received_new)}) {
+    if (written == nullptr) continue;
+    require_apart("a result", *written, {&output, maybe(received_high), maybe(received_new), &queries, &keys, &values,
+                                         maybe(mask), maybe(sinks), maybe(query_weight)});
+    require_apart("a result", *written, high);
+    if (low) require_apart("a result", *written, *low);
+  }
+  require_threads(num_threads);
   nb::gil_scoped_release unlocked;
   attend(call, num_threads);
 }
@@ -84,15 +93,16 @@ int py_pack(const TierArgument& argument, int64_t row, int64_t first_slot, const
   call.first_slot = first_slot;
   call.keys = tokens_of("keys", keys, {G, n, D});
   call.values = tokens_of("values", values, {G, n, D});
-  call.tier = tier_of("tier", argument, G, D);
+  Indices own;
+  call.tier = tier_of("tier", argument, G, D, own);
   call.row = require_range("row", row, 0, num_rows(argument) - 1);
-  require_slots("tier", call.tier, num_pages(argument), row, first_slot, first_slot + n);
+  require_slots("tier", call.tier, num_pages(argument), row, first_slot, n);
   if (call.tier.keys.format.numbers == kChannel && (first_slot % kBlockTokens != 0 || n % kBlockTokens != 0)) {
     refuse(n, " tokens from slot ", first_slot, " on are not whole blocks of 32, as per-channel keys must be");
   }
   std::tie(call.key_transform, call.value_transform) = transforms_of(transforms, {G, 1, D});
   call.key_feedback = feedback_of(key_feedback, call.tier.keys.format, {G, D, D});
-  require_range("threads", num_threads, 1, kMaxInt);
+  require_threads(num_threads);
   nb::gil_scoped_release unlocked;
   return pack(call, num_threads);
 }
@@ -110,20 +120,21 @@ int py_append(const TierArgument& high, const Array& score, const Array& positio
   rows.head_dim = require_range("head_dim", D, 1, kMaxHeadDim);
   rows.keys = tokens_of("keys", keys, {B, G, n, D});
   rows.values = tokens_of("values", values, {B, G, n, D});
-  rows.tier = tier_of("high tier", high, G, D);
+  Indices own;
+  rows.tier = tier_of("high tier", high, G, D, own);
   if (rows.tier.keys.format.numbers == kChannel) refuse("tokens cannot be appended to per-channel keys");
   if (num_rows(high) != B) refuse("high tier has pages of ", num_rows(high), " rows; the batch has ", B);
   for (int64_t row = 0; row < B; ++row) {
-    const int64_t first = rows.tier.counts[row];
-    require_slots("high tier", rows.tier, num_pages(high), row, first, first + n);
+    require_slots("high tier", rows.tier, num_pages(high), row, rows.tier.counts[row], n);
   }
   const Shape book{num_pages(high), G, rows.tier.blocks_per_page, kBlockTokens};
   call.book = {book_part_of<float>("score", score, book), book_part_of<int32_t>("position", position, book)};
   call.scores = numbers_of<float>("scores", scores, {B, G, n});
   if (int64_t(first_positions.size()) != B) refuse(int64_t(first_positions.size()), " first positions for ", B, " rows");
+  for (int64_t position : first_positions) require_range("first position", position, 0, kMaxInt - n);
   call.first_positions = first_positions.data();
   std::tie(rows.key_transform, rows.value_transform) = transforms_of(transforms, {B, G, 1, D});
-  require_range("threads", num_threads, 1, kMaxInt);
+  require_threads(num_threads);
   nb::gil_scoped_release unlocked;
   return append(call, num_threads);
 }
@@ -136,13 +147,17 @@ void py_unpack(const TierArgument& argument, int64_t row, const Array& slots, co
   call.num_kv_heads = require_range("KV heads", G, 0, kMaxInt);
   call.num_tokens = require_range("tokens", n, 0, kMaxInt);
   call.head_dim = require_range("head_dim", D, 1, kMaxHeadDim);
-  call.tier = tier_of("tier", argument, G, D);
+  Indices own;
+  call.tier = tier_of("tier", argument, G, D, own);
   call.row = require_range("row", row, 0, num_rows(argument) - 1);
   require_counts("tier", call.tier, num_pages(argument), row);
-  call.slots = slots_of(slots, call.tier, row, {G, n});
+  const std::vector<int64_t> own_slots = slots_of(slots, call.tier, row, {G, n});
+  call.slots = own_slots.data();
   call.keys = numbers_of<float>("keys", keys, {G, n, D});
   call.values = numbers_of<float>("values", values, {G, n, D});
-  require_range("threads", num_threads, 1, kMaxInt);
+  require_apart("keys", keys, {&values});
+  for (const Array* written : {&keys, &values}) require_apart("a result", *written, argument);
+  require_threads(num_threads);
   nb::gil_scoped_release unlocked;
   unpack(call, num_threads);
 }
@@ -156,10 +171,12 @@ int py_demote(const TierArgument& high, const std::optional<TierArgument>& low, 
   call.num_kv_heads = require_range("KV heads", G, 0, kMaxInt);
   call.count = require_range("slots", count, 0, kMaxInt);
   call.head_dim = require_range("head_dim", head_dim, 1, kMaxHeadDim);
-  call.high = tier_of("high tier", high, G, head_dim);
+  Indices own[2];
+  call.high = tier_of("high tier", high, G, head_dim, own[0]);
   call.row = require_range("row", row, 0, num_rows(high) - 1);
   require_counts("high tier", call.high, num_pages(high), row);
-  call.slots = slots_of(slots, call.high, row, {G, count});
+  const std::vector<int64_t> own_slots = slots_of(slots, call.high, row, {G, count});
+  call.slots = own_slots.data();
   for (int64_t i = 1; i < G * count; ++i) {
     if (i % count != 0 && call.slots[i] <= call.slots[i - 1]) refuse("slots of a head are not in ascending order");
   }
@@ -167,19 +184,22 @@ int py_demote(const TierArgument& high, const std::optional<TierArgument>& low, 
   call.book = {book_part_of<float>("score", score, book), book_part_of<int32_t>("position", position, book)};
   call.drop = !low;
   if (low) {
-    call.low = tier_of("low tier", *low, G, head_dim);
+    call.low = tier_of("low tier", *low, G, head_dim, own[1]);
+    if (call.high.is_transformed && !call.low.is_transformed) {
+      refuse("high tier is transformed and low tier is not; tokens cannot go back to the basis of the model");
+    }
     if (num_rows(*low) != num_rows(high)) refuse("low tier has ", num_rows(*low), " rows; use ", num_rows(high));
     require_counts("low tier", call.low, num_pages(*low), row);
     const int64_t first = call.low.counts[row];
     if (first % kBlockTokens != 0) refuse("low tier: counts[", row, "]=", first, " is not a multiple of 32");
     if (count % kBlockTokens != 0) refuse(count, " slots of a head are not a multiple of 32");
-    require_slots("low tier", call.low, num_pages(*low), row, first, first + count);
+    require_slots("low tier", call.low, num_pages(*low), row, first, count);
     call.key_feedback = feedback_of(key_feedback, call.low.keys.format, {G, head_dim, head_dim});
   } else if (key_feedback) {
     refuse("key feedback is for tokens that are stored; without a low tier they are dropped");
   }
   std::tie(call.key_transform, call.value_transform) = transforms_of(transforms, {G, 1, head_dim});
-  require_range("threads", num_threads, 1, kMaxInt);
+  require_threads(num_threads);
   nb::gil_scoped_release unlocked;
   return demote(call, num_threads);
 }
@@ -196,7 +216,7 @@ void py_score_prompt(const Array& queries, const Array& keys, const MaybeArray& 
   call.group = group_of(H, G);
   call.num_kv_heads = int32_t(G);
   call.num_queries = require_range("queries", Tq, 1, kMaxInt);
-  call.num_tokens = require_range("tokens", T, 1, kMaxInt);
+  call.num_tokens = require_range("tokens", T, 1, kMaxInt - kScorePanel);  // rounded up to panels
   call.head_dim = require_range("head_dim", D, 1, kMaxHeadDim);
   call.stride = require_range("stride", stride, 1, kMaxInt);
   call.distance = require_range("distance", distance, 0, kMaxInt);
@@ -204,12 +224,14 @@ void py_score_prompt(const Array& queries, const Array& keys, const MaybeArray& 
   call.queries = tokens_of("queries", queries, {B, H, Tq, D});
   call.keys = tokens_of("keys", keys, {B, G, T, D});
   call.mask = mask_of(mask, {B, 1, Tq, T}, &call.mask_batch_stride, &call.mask_query_stride);
-  call.scale = scale;
-  call.softcap = softcap;
+  call.scale = require_finite("scale", scale);
+  call.softcap = require_finite("softcap", softcap);
+  if (softcap < 0) refuse("softcap is negative; 0 is none");
   call.sinks = numbers_of<float>("sinks", sinks, {H});
   call.query_weight = numbers_of<float>("query_weight", query_weight, {B, Tq});
   call.received = numbers_of<float>("received", received, {B, G, T});
-  require_range("threads", num_threads, 1, kMaxInt);
+  require_apart("received", received, {&queries, &keys, maybe(mask), maybe(sinks), maybe(query_weight)});
+  require_threads(num_threads);
   nb::gil_scoped_release unlocked;
   score_prompt(call, num_threads);
 }
@@ -246,8 +268,9 @@ void py_matmul(const Array& inputs, const Array& codes, const Array& scales, con
     if (numbers.num_rows != 1) refuse("bias has ", numbers.num_rows, " rows; it must have one");
     call.bias = numbers.data, call.bias_numbers = numbers.numbers;
   }
+  require_apart("output", output, {&inputs, &codes, &scales, maybe(bias)});
   require_range("path", path, kFaster, kBytes);
-  require_range("threads", num_threads, 1, kMaxInt);
+  require_threads(num_threads);
   nb::gil_scoped_release unlocked;
   matmul(call, MatmulPath(path), num_threads);
 }
@@ -255,7 +278,7 @@ void py_matmul(const Array& inputs, const Array& codes, const Array& scales, con
 uint64_t py_stream(const Array& data, int num_threads) {
   require_axes("data", data, 1);
   const float* first = numbers_of<float>("data", data, {data.shape(0)});
-  require_range("threads", num_threads, 1, kMaxInt);
+  require_threads(num_threads);
   nb::gil_scoped_release unlocked;
   return stream(first, size_t(data.shape(0)) * sizeof(float), num_threads);
 }

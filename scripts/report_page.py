@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 RECORDS, PAGE, PICTURES = RESULTS / "report.jsonl", RESULTS / "report.md", RESULTS / "report"
 BUDGET_TOKENS = 3000
 # heads of 64 in float16, as both models have; the number of layers and heads does not matter
-GEOMETRY = CacheGeometry((LayerGeometry("full_attention", None),), 1, 64, 2)
+GEOMETRY = CacheGeometry((LayerGeometry("full_attention", None, 1, 64),), 2)
 
 _ABOUT = """# The full report
 
@@ -27,7 +27,8 @@ page with curves, filters and the precision map is then in build/report.html.
 Everything is read through the cache, and every byte counts. Texts and seeds are not those that settings were chosen on.
 `+importance_ratio=0+min_recent=0` is one precision for all tokens but the first four, with the same transforms and the
 same rounding. Of fp16: all bytes as a share of the full cache in 16 bits, as measured, and for caches of mikv at a
-prompt of 3,000 tokens, which is where the budgets of the presets are defined.
+prompt of 3,000 tokens, which is where the budgets of the presets are defined. Bars in the pictures are standard errors
+over samples.
 """
 
 

@@ -9,7 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from mikv import cache_names
+from mikv.cache.accounting import cache_bytes
 from mikv.cache.config import PRESETS, MiKVConfig
+from mikv.cache.geometry import CacheGeometry
 from mikv.cache_names import parse_cache, spellings, split_names
 from mikv.errors import ConfigError
 from mikv.integrations.transformers import MiKVCache
@@ -127,6 +129,32 @@ def test_settings_that_depend_on_nothing_are_known_before_a_model_is(model):
     for name in ("full", "zipcache", "turboquant3", "quanto4", "h2o@0.25", "kvpress:Knorm@0.25"):
         assert parse_cache(name).config is None
     assert parse_cache("h2o@0.5").make(model, 400).config.drops_tokens
+
+
+@pytest.mark.parametrize("rival", ["mikv:balanced", "mikv:small+sinks=8", "int4", "kivi2"])
+@pytest.mark.parametrize("length", [400, 1100])
+def test_an_evicting_cache_can_take_the_bytes_of_another(rival, length, model):
+    geometry = CacheGeometry.from_model_config(model.config)
+    wanted = cache_bytes(parse_cache(rival).config, geometry, length).ratio
+    for family in ("h2o", "snapkv", "streaming"):
+        made = parse_cache(f"{family}@{rival}").make(model, length).config
+        assert made == parse_cache(f"{family}@{wanted}").make(model, length).config
+        assert wanted - 0.1 < cache_bytes(made, geometry, length).ratio <= wanted  # tokens leave in blocks of 32
+
+
+@pytest.mark.parametrize("rival", ["full", "quanto4", "zipcache"])
+def test_bytes_that_are_not_known_before_are_refused(rival):
+    message = rf"bytes of '{rival}' are not known before .* h2o@mikv:balanced, .*h2o@0\.25"
+    with pytest.raises(ConfigError, match=message):
+        parse_cache(f"h2o@{rival}")
+
+
+def test_a_rival_s_bytes_are_those_of_a_preset_that_exists(tmp_path):
+    with pytest.raises(ConfigError, match="unknown preset 'blanced'"):
+        parse_cache("h2o@mikv:blanced")
+    (tmp_path / "mine.json").write_text(MiKVConfig().to_json())
+    with pytest.raises(ConfigError, match="a record would not hold what is in the file; snapkv@mikv:PRESET"):
+        parse_cache(f"snapkv@mikv:{tmp_path / 'mine.json'}")
 
 
 def test_a_record_can_hold_the_settings():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import distribution
 
 import pytest
 
@@ -19,6 +20,27 @@ def run(code: str) -> str:
 def test_import_loads_no_library() -> None:
     loaded = run(f"import sys, mikv; print([name for name in {HEAVY!r} if name in sys.modules])")
     assert loaded.strip() == "[]"
+
+
+def test_import_torch_loads_nothing_of_mikv() -> None:
+    code = "import sys, torch, transformers; print([name for name in sys.modules if name.split('.')[0] == 'mikv'])"
+    assert run(code).strip() == "[]"
+    finders = "print([finder for finder in sys.meta_path if type(finder).__module__.startswith('mikv.')])"
+    assert run(f"import sys, torch, transformers; {finders}").strip() == "[]"
+
+
+def test_no_entry_point_of_mikv_runs_in_the_processes_of_others() -> None:
+    entry_points = {(point.group, point.name) for point in distribution("mikv").entry_points}
+    assert entry_points == {("console_scripts", "mikv"), ("lm_eval.models", "mikv")}
+
+
+def test_looking_for_the_registry_does_not_keep_it_from_being_registered() -> None:
+    code = (
+        "import mikv, importlib.util; importlib.util.find_spec('transformers.quantizers.auto');"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; import sys;"
+        "print('mikv_bcq' in known, [f for f in sys.meta_path if type(f).__module__.startswith('mikv.')])"
+    )
+    assert run(code).strip() == "True []"
 
 
 def test_errors_version_and_names_are_there_without_libraries() -> None:

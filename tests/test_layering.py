@@ -12,12 +12,12 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 # The layer of every file or folder directly under mikv. A layer may import itself and what is below it.
 ROOMS = (
-    {"errors", "atomic_file", "processor", "_native"},
+    {"arithmetic", "errors", "choices", "atomic_file", "processor", "_native"},
     {"formats", "packing", "transforms", "reference"},
     {"ops"},
     {"cache", "weights"},
     {"integrations"},
-    {"bench", "cache_names", "chat_template", "lab", "models", "gguf_model", "plan", "records", "cli"},
+    {"bench", "cache_names", "chat_template", "lab", "models", "model_folder", "gguf_model", "plan", "records", "cli"},
 )
 LAYERS = {room: layer for layer, rooms in enumerate(ROOMS) for room in rooms}
 TOP = len(ROOMS) - 1

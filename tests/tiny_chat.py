@@ -3,6 +3,7 @@
 Merges let a model spell an answer otherwise than the tokenizer would: `a b` instead of `ab`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,30 @@ def save_chat_model(folder: Path, template: str | None = TEMPLATE, **settings: A
     return folder
 
 
-def write_gguf(path: Path, seed: int = 0) -> Path:
-    """A Llama of one layer with random weights in float32."""
-    width, heads, inner = 32, 2, 48
-    writer = gguf.GGUFWriter(path, "llama")
+_WIDTH, _INNER = 32, 48
+_GGUF_SHAPES = {
+    "token_embd": (NUM_TOKENS, _WIDTH),
+    "output": (NUM_TOKENS, _WIDTH),
+    "output_norm": (_WIDTH,),
+    "blk.0.attn_norm": (_WIDTH,),
+    "blk.0.ffn_norm": (_WIDTH,),
+    **{f"blk.0.attn_{name}": (_WIDTH, _WIDTH) for name in ("q", "k", "v", "output")},
+    "blk.0.ffn_gate": (_INNER, _WIDTH),
+    "blk.0.ffn_up": (_INNER, _WIDTH),
+    "blk.0.ffn_down": (_WIDTH, _INNER),
+}
+GGUF_TENSORS = tuple(name for name in _GGUF_SHAPES if name != "output")  # a file without that has a tied head
+
+
+def write_gguf(
+    path: Path, seed: int = 0, *, without: Sequence[str] = (), parts: int = 1, architecture: str = "llama"
+) -> Path:
+    """A Llama of one layer with random weights in float32; all of them, although it may say it is one of some parts."""
+    width, heads, inner = _WIDTH, 2, _INNER
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     writer.add_block_count(1)
     writer.add_context_length(512)
     writer.add_embedding_length(width)
@@ -83,20 +103,11 @@ def write_gguf(path: Path, seed: int = 0) -> Path:
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
-    shapes = {
-        "token_embd": (NUM_TOKENS, width),
-        "output": (NUM_TOKENS, width),
-        "output_norm": (width,),
-        "blk.0.attn_norm": (width,),
-        "blk.0.ffn_norm": (width,),
-        **{f"blk.0.attn_{name}": (width, width) for name in ("q", "k", "v", "output")},
-        "blk.0.ffn_gate": (inner, width),
-        "blk.0.ffn_up": (inner, width),
-        "blk.0.ffn_down": (width, inner),
-    }
     random = np.random.default_rng(seed)
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.standard_normal(shape, dtype=np.float32))
+    for name, shape in _GGUF_SHAPES.items():
+        weights = random.standard_normal(shape, dtype=np.float32)
+        if name not in without:
+            writer.add_tensor(f"{name}.weight", weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

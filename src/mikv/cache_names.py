@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mikv.cache.config import PRESETS, MiKVConfig
+from mikv.choices import did_you_mean
 from mikv.errors import ConfigError
 from mikv.lab.baselines.held_bytes import held_bytes
 from mikv.lab.baselines.kivi import kivi
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _HOW_TO_INSTALL = "pip install 'mikv[bench]'"
 _PRESS = "kvpress:"
 _NEXT_SETTING = re.compile(r"\+(?=[A-Za-z_]\w*(?:[=+]|$))")  # not the plus of 1e+3 or of a+b.json
+
+Share = Callable[["PreTrainedModel", int], float]  # (model, num_tokens) the share of the fp16 bytes
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,8 @@ def parse_cache(name: str, also: Sequence[str] = ()) -> NamedCache:
     if family.startswith(_PRESS):
         return _pressed(name, family.removeprefix(_PRESS), _share(name, share))
     known = (*_PLAIN, *(f"{family}@0.25" for family in _EVICTING), *(f"mikv:{preset}" for preset in PRESETS), *also)
-    near = get_close_matches(name, known, n=2)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ConfigError(f"unknown cache {name!r}; {hint}the caches are {', '.join((*spellings(), *also))}")
+    near = did_you_mean(name, known)
+    raise ConfigError(f"unknown cache {name!r}{near or ';'} the caches are {', '.join((*spellings(), *also))}")
 
 
 def split_names(names: str) -> tuple[str, ...]:
@@ -103,18 +105,38 @@ def is_installed(package: str) -> bool:
         return False
 
 
-def _share(name: str, share: str) -> float:
-    """The number after @."""
+def _share(name: str, text: str) -> Share:
+    """What follows the @: a number, or a cache whose bytes are to be taken at every length."""
+    example = name.partition("@")[0]
+    if text in _PLAIN or text.startswith("mikv:"):
+        config = parse_cache(text).config
+        if text.startswith("mikv:") and ".json" in text:
+            raise ConfigError(
+                f"{name!r}: a record would not hold what is in the file; {example}@mikv:PRESET+SETTING=VALUE"
+            )
+        if config is None:
+            raise ConfigError(
+                f"{name!r}: the bytes of {text!r} are not known before it is measured; a preset's, int4's and kivi2's "
+                f"are: {example}@mikv:balanced, or name the share of the fp16 bytes: {example}@0.25"
+            )
+        return partial(_share_of, config)
     try:
-        number = float(share)
+        number = float(text)
     except ValueError:
         number = 0.0
     if not 0 < number <= 1:
         raise ConfigError(
-            f"{name!r} needs the share of the fp16 bytes that it may take, more than 0 and at most 1: "
-            f"{name.partition('@')[0]}@0.25"
+            f"{name!r} needs the share of the fp16 bytes that it may take, more than 0 and at most 1: {example}@0.25; "
+            f"or the cache whose bytes it may take: {example}@mikv:balanced"
         )
-    return number
+    return lambda model, num_tokens: number
+
+
+def _share_of(config: MiKVConfig, model: "PreTrainedModel", num_tokens: int) -> float:
+    from mikv.cache.accounting import cache_bytes
+    from mikv.cache.geometry import CacheGeometry
+
+    return cache_bytes(config, CacheGeometry.from_model_config(model.config), num_tokens).ratio
 
 
 def _full(name: str) -> NamedCache:
@@ -141,7 +163,7 @@ def _packed_bytes(cache: "Cache") -> int:
     return int(cache.memory().bytes)
 
 
-def _evicting(name: str, family: str, share: float) -> NamedCache:
+def _evicting(name: str, family: str, share: Share) -> NamedCache:
     """Tokens are dropped; how many depends on the model's shape and the length."""
 
     def make(model: "PreTrainedModel", num_tokens: int) -> "Cache":
@@ -152,7 +174,8 @@ def _evicting(name: str, family: str, share: float) -> NamedCache:
         from mikv.lab.baselines.streaming import streaming
 
         evicting = {"h2o": h2o, "snapkv": snapkv, "streaming": streaming}[family]
-        return MiKVCache(model.config, evicting(share, CacheGeometry.from_model_config(model.config), num_tokens))
+        geometry = CacheGeometry.from_model_config(model.config)
+        return MiKVCache(model.config, evicting(share(model, num_tokens), geometry, num_tokens))
 
     return NamedCache(name, make, _packed_bytes, _available)
 
@@ -191,11 +214,11 @@ def _quantized(name: str) -> NamedCache:
     return NamedCache(name, make, held_bytes, unavailable, is_foreign=True)
 
 
-def _pressed(name: str, press: str, share: float) -> NamedCache:
+def _pressed(name: str, press: str, share: Share) -> NamedCache:
     def make(model: "PreTrainedModel", num_tokens: int) -> "Cache":
         from mikv.lab.baselines.kvpress import kvpress
 
-        return kvpress(model, press, share, num_tokens)
+        return kvpress(model, press, share(model, num_tokens), num_tokens)
 
     def unavailable() -> str | None:
         from mikv.lab.baselines.kvpress import why_unavailable
@@ -209,11 +232,10 @@ def _mikv(name: str) -> NamedCache:
     """`mikv:PRESET` or `mikv:FILE.json`, and settings that differ from it."""
     base, *overrides = _NEXT_SETTING.split(name.removeprefix("mikv:"))
     if not base.endswith(".json") and base not in PRESETS:
-        near = get_close_matches(base, PRESETS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = did_you_mean(base, PRESETS)
         raise ConfigError(
-            f"unknown preset {base!r} in {name!r}; {hint}the presets are {', '.join(PRESETS)}, and mikv:FILE.json "
-            "reads a configuration written with MiKVConfig.to_json"
+            f"unknown preset {base!r} in {name!r}{near or ';'} the presets are {', '.join(PRESETS)}, and "
+            "mikv:FILE.json reads a configuration written with MiKVConfig.to_json"
         )
     config = MiKVConfig.from_file(base) if base.endswith(".json") else MiKVConfig.preset(base)
     if not overrides:

@@ -20,13 +20,13 @@ Knows nothing about tiers, attention or models.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mikv.arithmetic import constant
 from mikv.errors import NumericsError
 from mikv.packing import BLOCK_TOKENS as BLOCK_TOKENS
 from mikv.packing import Lanes, pack, packed_shape, unpack, unpack_levels
@@ -50,6 +50,7 @@ _GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
 # Candidate scales; a finer search gains 5 % of the squared error at 4 bits and less below.
 _SCALE_SEARCH = (0.75, 0.85, 0.95, 1.05)
 _BINS_PER_UNIT, _NUM_BINS = 64, 256
+_SMALLEST_SCALED = 2.0**-16
 # What is rounded with feedback is a little larger than the token itself.
 _FEEDBACK_ROOM = 1.05
 
@@ -160,7 +161,7 @@ class QuantizedFormat(ABC):
         return {"codes": (packed_shape(self.head_dim, self.bits), torch.uint8)} | scales
 
     def dequantize(self, tokens: Parts) -> Tensor:
-        levels = torch.tensor(self.levels, device=tokens["codes"].device)[tokens["codes"].int()]
+        levels = torch.tensor(self.levels, dtype=torch.float32, device=tokens["codes"].device)[tokens["codes"].int()]
         return self.apply_scale(levels, tokens)
 
     def pack(self, tokens: Parts) -> Parts:
@@ -284,7 +285,7 @@ class SymmetricFormat(QuantizedFormat):
         best = (rounded - relative[..., None]).square_().sum(-2).argmin(-1)[..., None, None]  # (..., T, 1, 1)
         nearest = rounded.gather(-1, best.expand(*rounded.shape[:-1], 1))[..., 0]  # (..., T, D)
         refinement = (relative * nearest).sum(-1, keepdim=True) / nearest.square().sum(-1, keepdim=True)
-        candidate = torch.tensor(_SCALE_SEARCH, device=magnitude.device)[best[..., 0]]
+        candidate = torch.tensor(_SCALE_SEARCH, dtype=torch.float32, device=magnitude.device)[best[..., 0]]
         return root_mean_square * self.initial_scale * candidate * refinement
 
     @property
@@ -332,12 +333,12 @@ def integer_levels(bits: int) -> tuple[float, ...]:
     return tuple(float(code) for code in range(2**bits))
 
 
-@lru_cache(maxsize=32)
+@constant
 def _rounding_table(levels: tuple[float, ...], initial_scale: float, device: torch.device) -> Tensor:
     """(bins, candidates): what a magnitude in a bin, in units of the root mean square, becomes under each scale."""
-    middles = (torch.arange(_NUM_BINS) + 0.5) / _BINS_PER_UNIT
-    scales = torch.tensor(_SCALE_SEARCH) * initial_scale
-    half = torch.tensor(levels[len(levels) // 2 :])
+    middles = (torch.arange(_NUM_BINS, dtype=torch.float32, device="cpu") + 0.5) / _BINS_PER_UNIT
+    scales = torch.tensor(_SCALE_SEARCH, dtype=torch.float32, device="cpu") * initial_scale
+    half = torch.tensor(levels[len(levels) // 2 :], dtype=torch.float32, device="cpu")
     distance = (middles[:, None, None] - scales[:, None] * half).abs()  # (bins, candidates, levels)
     return (half[distance.argmin(-1)] * scales).to(device)
 
@@ -349,6 +350,16 @@ def _round_to_nearest(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, T
     zero = _to_half(low, x, "zero-point")
     codes = ((x - zero.float()) / _nonzero(scale.float())).round_().clamp_(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, zero
+
+
+def too_small(x: Tensor) -> float | None:
+    """The largest number of that head of x (B, G, T, D), not zero, whose 16-bit scales keep hardly a digit, if any.
+
+    Below 2**-16 the scales of 8 bits are less than eight steps of the smallest 16-bit floats.
+    """
+    largest = x.abs().amax((-2, -1))  # (B, G)
+    small = largest[(largest > 0) & (largest < _SMALLEST_SCALED)]
+    return float(small.max()) if small.numel() else None
 
 
 def _nonzero(scale: Tensor) -> Tensor:

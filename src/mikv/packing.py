@@ -17,11 +17,12 @@ and the quads are packed into raw vectors of 64 bytes, byte by byte:
 Knows nothing about scales or tiers.
 """
 
-from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from mikv.arithmetic import constant
 
 BLOCK_TOKENS = 32
 UNIT_CHANNELS = 16
@@ -108,11 +109,11 @@ def _raw_vectors(packed: Tensor, bits: int) -> Tensor:
     return torch.cat((raw & 0x77, last[..., None, :]), dim=-2)
 
 
-@lru_cache(maxsize=64)
+@constant
 def _level_table(fields: int, levels: tuple[float, ...], device: torch.device) -> Tensor:
     """Row i: the levels of the codes packed in byte i."""
     width = 8 // fields
-    byte = torch.arange(256)
+    byte = torch.arange(256, dtype=torch.int64, device="cpu")
     codes = torch.stack([byte >> shift & ((1 << width) - 1) for shift in range(0, 8, width)], dim=-1)
     known = codes.clamp_max(len(levels) - 1)  # no other codes are ever packed
-    return torch.tensor(levels, dtype=torch.float32)[known].to(device)
+    return torch.tensor(levels, dtype=torch.float32, device="cpu")[known].to(device)

@@ -7,7 +7,10 @@ it materialises the attention matrix, so it is for small inputs.
 import torch
 from torch import Tensor
 
+from mikv.arithmetic import own_arithmetic
 
+
+@own_arithmetic
 def attention_probabilities(
     queries: Tensor,
     keys: Tensor,
@@ -33,6 +36,7 @@ def attention_probabilities(
     return torch.softmax(logits, -1).nan_to_num(0.0)
 
 
+@own_arithmetic
 def attend(
     queries: Tensor,
     keys: Tensor,

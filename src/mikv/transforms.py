@@ -15,12 +15,13 @@ it in the metric that counts, sum over the prompt's queries of (q'.error)^2. Tha
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from math import isqrt
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from mikv.arithmetic import constant, own_arithmetic
 
 _BALANCER_MIN, _BALANCER_MAX = 1e-4, 1e4
 _HALF_MAX = 65504.0
@@ -84,8 +85,10 @@ class KeyTransform(Transform):
         if self.feedback is None:
             return None
         head_dim = (1 + isqrt(1 + 8 * self.feedback.shape[-1])) // 2
-        rows, columns = torch.triu_indices(head_dim, head_dim, 1, device=self.feedback.device)
-        dense = torch.zeros(*self.feedback.shape[:-1], head_dim, head_dim, device=self.feedback.device)
+        rows, columns = torch.triu_indices(head_dim, head_dim, 1, dtype=torch.int64, device=self.feedback.device)
+        dense = torch.zeros(
+            *self.feedback.shape[:-1], head_dim, head_dim, dtype=torch.float32, device=self.feedback.device
+        )
         dense[..., rows, columns] = self.feedback.view(_FEEDBACK_DTYPE).float()
         return dense
 
@@ -158,11 +161,13 @@ def with_feedback(transform: KeyTransform, query_moment: Tensor) -> KeyTransform
     moment = transform.query(transform.query(query_moment).mT)  # of q'
     moment = torch.where(moment.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), moment, 0.0)
     diagonal = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(torch.finfo(torch.float32).tiny)
-    damped = moment / diagonal + _FEEDBACK_DAMPING * torch.eye(moment.shape[-1], device=moment.device)
+    damped = moment / diagonal + _FEEDBACK_DAMPING * torch.eye(
+        moment.shape[-1], dtype=torch.float32, device=moment.device
+    )
     # M = (I + U) E (I + U)^T with U strictly upper triangular: a Cholesky decomposition from the last channel on
     lower = torch.linalg.cholesky(damped.double().flip(-2, -1))
     upper = (lower / lower.diagonal(dim1=-2, dim2=-1)[..., None, :]).flip(-2, -1)
-    rows, columns = torch.triu_indices(moment.shape[-1], moment.shape[-1], 1, device=moment.device)
+    rows, columns = torch.triu_indices(moment.shape[-1], moment.shape[-1], 1, dtype=torch.int64, device=moment.device)
     stored = upper[..., rows, columns].clamp(-_FEEDBACK_MAX, _FEEDBACK_MAX).to(_FEEDBACK_DTYPE).view(torch.uint8)
     return replace(transform, feedback=stored)
 
@@ -177,6 +182,7 @@ def hadamard_block_size(head_dim: int) -> int:
     return head_dim & -head_dim
 
 
+@own_arithmetic
 def hadamard(x: Tensor, block_size: int) -> Tensor:
     """Multiply each block of `block_size` channels of x (..., D) by the orthonormal Sylvester-Hadamard matrix."""
     if block_size == 1:
@@ -185,9 +191,9 @@ def hadamard(x: Tensor, block_size: int) -> Tensor:
     return (blocks @ _hadamard_matrix(block_size, x.dtype, x.device)).flatten(-2)
 
 
-@lru_cache(maxsize=32)
+@constant
 def _hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
     return (matrix / size**0.5).to(device, dtype)

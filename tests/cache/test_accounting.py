@@ -15,11 +15,14 @@ from mikv.errors import ConfigError
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 LENGTHS = (1, 31, 32, 63, 64, 65, 100, 333)
-FULL_ATTENTION = LayerGeometry("full_attention", None)
 
 
 def geometry(head_dim: int, num_kv_heads: int = 2, dtype_bytes: int = 4, num_layers: int = 1) -> CacheGeometry:
-    return CacheGeometry((FULL_ATTENTION,) * num_layers, num_kv_heads, head_dim, dtype_bytes)
+    return CacheGeometry((full_attention(head_dim, num_kv_heads),) * num_layers, dtype_bytes)
+
+
+def full_attention(head_dim: int, num_kv_heads: int = 2) -> LayerGeometry:
+    return LayerGeometry("full_attention", None, num_kv_heads, head_dim)
 
 
 def allocated(layer: TwoTierLayer) -> int:
@@ -112,7 +115,7 @@ def test_steps_add_no_more_than_their_slack() -> None:
     layer = filled(config, tokens[:400])
     for position in range(400, 900):
         feed(layer, tokens[position : position + 1])
-    predicted = layer_bytes(config, geometry(64), 900)
+    predicted = layer_bytes(config, full_attention(64), 900, 4)
     assert allocated(layer) == sum(layer.bytes_by_part().values())
     assert predicted <= allocated(layer) <= 1.05 * predicted
 
@@ -131,17 +134,19 @@ def test_layers_and_rows_add_up() -> None:
 
 
 def test_layers_that_stay_uncompressed_count_in_the_models_dtype() -> None:
-    layers = (FULL_ATTENTION, LayerGeometry("sliding_attention", 100), FULL_ATTENTION)
-    mixed = CacheGeometry(layers, 2, 64, model_dtype_bytes=4)
+    layers = (full_attention(64), LayerGeometry("sliding_attention", 100, 2, 64), full_attention(64))
+    mixed = CacheGeometry(layers, model_dtype_bytes=4)
     total = cache_bytes(MiKVConfig(skip_layers=(2,)), mixed, 333)
     token = 2 * 64 * 2  # numbers per token: 2 heads, keys and values
-    assert total.bytes == layer_bytes(MiKVConfig(), mixed, 333) + 99 * token * 4 + 333 * token * 4
+    window = 8  # transformers keeps the window's length as a tensor
+    compressed = layer_bytes(MiKVConfig(), full_attention(64), 333, 4)
+    assert total.bytes == compressed + 99 * token * 4 + window + 333 * token * 4
     assert total.fp16_bytes == (333 + 99 + 333) * token * 2
 
 
 def test_a_window_longer_than_the_text_counts_the_text() -> None:
-    sliding = CacheGeometry((LayerGeometry("sliding_attention", 4096),), 2, 64, 2)
-    assert cache_bytes(MiKVConfig(), sliding, 333).ratio == 1.0
+    sliding = CacheGeometry((LayerGeometry("sliding_attention", 4096, 2, 64),), 2)
+    assert cache_bytes(MiKVConfig(), sliding, 333).ratio == pytest.approx(1.0, abs=1e-4)
 
 
 def test_impossible_head_dims_are_refused() -> None:
@@ -196,7 +201,7 @@ def test_nominal_bits_count_scales_and_zeros(grid: str, bits: float) -> None:
 def test_bytes_approach_the_nominal_bits_as_contexts_grow(preset: str) -> None:
     """What remains are scores and positions (8 bytes per slot) and slack: less than 40 slots and blocks."""
     config, num_tokens, head_dim = MiKVConfig.preset(preset), 1_000_000, 128
-    real = layer_bytes(config, geometry(head_dim, num_kv_heads=1, dtype_bytes=2), num_tokens) / num_tokens
+    real = layer_bytes(config, full_attention(head_dim, num_kv_heads=1), num_tokens, 2) / num_tokens
     nominal = nominal_bits(config, head_dim) * 2 * head_dim / 8
     slack = real - nominal - 8 * config.importance_ratio
     assert 0 <= slack * num_tokens < 40 * (2 * head_dim * 2 + 8) + 3 * head_dim * 2

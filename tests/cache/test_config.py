@@ -1,17 +1,22 @@
 """MiKVConfig: what it accepts, what it says when it does not, and how it is written down."""
 
+import contextlib
 import json
 import math
+import time
 from collections import OrderedDict
 from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
+from transformers import LlamaConfig, MambaConfig
 
+from layers import filled, random_tokens
 from mikv.cache.accounting import cache_bytes
 from mikv.cache.config import (
     BEST_FIRST,
@@ -24,7 +29,8 @@ from mikv.cache.config import (
 )
 from mikv.cache.geometry import CacheGeometry
 from mikv.cache.layer_ranges import range_of_each, ranges_of
-from mikv.errors import ConfigError
+from mikv.cache.partition import protected_tokens
+from mikv.errors import ConfigError, UnsupportedModelError
 
 LLAMA = SimpleNamespace(
     model_type="llama",
@@ -304,6 +310,81 @@ def test_an_impossible_value_names_itself_and_the_way_out(
         MiKVConfig.from_dict(settings)
 
 
+HOSTILE: tuple[object, ...] = (
+    *(None, True, False, -1, 0, 1, 2, 10**12, 10**30, 10**400, 10**5000, -(10**30), 1e12, 1e30, -1e30, 5e-324, 0.5),
+    *(math.nan, math.inf, -math.inf, "", "1", "x" * 100_000, b"8", [], [1], [None], [[0, 10**30]], [[1]], [["0", 1]]),
+    *({}, {"a": 1}, {"0": {"sinks": 10**30}}, {"9" * 5000: {}}, {"window": 10**30}, {"seed": 10**30}, {1: 2}),
+    *(object(), [[i, i + 1] for i in range(0, 200_000, 2)], [(0, i + 1) for i in range(100_000)], range(10**9)),
+)
+
+
+@pytest.mark.parametrize("name", [*(f.name for f in fields(MiKVConfig)), "low"])
+def test_hostile_values_are_refused_by_name_or_can_be_used(name: str) -> None:
+    """Whatever is accepted fills a cache, is written and read again; whatever is not names the setting, in a line."""
+    for value in HOSTILE:
+        start = time.monotonic()
+        config, message = built({name: value})
+        if config is None:
+            assert len(message) < 2000
+            assert {"low": "low_k", "policy_options": "policy"}.get(name, name) in message, message[:200]
+            with pytest.raises(ConfigError):
+                MiKVConfig.from_dict({name: value})
+        else:
+            use(config)
+        assert time.monotonic() - start < 30  # 100,000 spans take a second, but did not end
+
+
+def built(settings: dict[str, object]) -> tuple[MiKVConfig | None, str]:
+    """The configuration, or None and why not."""
+    try:
+        return MiKVConfig(**settings), ""  # type: ignore[arg-type]
+    except ConfigError as error:
+        return None, str(error)
+
+
+def use(config: MiKVConfig) -> None:
+    """Write it, read it again, and fill a cache."""
+    assert MiKVConfig.from_json(config.to_json()) == config
+    for num_tokens in (1, 100, 10**9):
+        with contextlib.suppress(ConfigError):  # group sizes and layers that this model does not have
+            assert cache_bytes(config, CacheGeometry.from_model_config(LLAMA), num_tokens).bytes > 0
+    with contextlib.suppress(ConfigError):
+        filled(config, random_tokens(100, 64))
+
+
+@pytest.mark.parametrize("policy", ["window", "normalized", "random", "far", "h2o"])
+@pytest.mark.parametrize("option", ["window", "pool", "stride", "seed", "distance", "norms", "no"])
+def test_hostile_options_of_policies_are_refused_or_can_be_used(policy: str, option: str) -> None:
+    for value in (*HOSTILE[:22], [1], {}, 7):
+        config, message = built({"policy": policy, "policy_options": {option: value}})
+        assert config is not None or option in message
+        if config is not None:
+            use(config)
+
+
+def test_many_spans_are_merged_and_protect_their_tokens() -> None:
+    spans = [(i, i + 1) for i in range(0, 200_000, 2)]
+    config = MiKVConfig(protected=tuple(reversed(spans)), importance_ratio=0.0, sinks=0, min_recent=0)
+    assert config.protected == tuple(spans)
+    assert MiKVConfig(protected=((5, 9), (0, 3), (3, 6), (20, 30), (22, 24))).protected == ((0, 9), (20, 30))
+    positions = torch.arange(1000, dtype=torch.int32)[None]
+    assert protected_tokens(positions, 1000, config)[0].tolist() == [i % 2 == 0 for i in range(1000)]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"sinks": ' + "9" * 5000 + "}", "[" * 100_000, '{"sinks": 1e400}', '{"sinks": Infinity}']
+)
+def test_hostile_json_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        MiKVConfig.from_json(text)
+
+
+@pytest.mark.parametrize("settings", [None, 7, "sinks", [("sinks", 4)], {1: 2, "x": 3}])
+def test_settings_that_are_no_mapping_of_names_are_refused(settings: object) -> None:
+    with pytest.raises(ConfigError):
+        MiKVConfig.from_dict(settings)  # type: ignore[arg-type]
+
+
 def test_an_unknown_setting_is_named_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"unknown setting 'importance_ration'.*importance_ratio.*warmup_tokens"):
         MiKVConfig.from_dict({"importance_ration": 0.1})
@@ -387,6 +468,29 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_preset_and_what_it_takes
         MiKVConfig.for_budget(0.05, LLAMA)
     asked = float(str(refusal.value).rsplit("budget=", 1)[1])
     assert MiKVConfig.for_budget(asked, LLAMA) == MiKVConfig.preset("small")
+    with pytest.raises(ConfigError, match=r"with 9 tokens .*'small'.* from about \d+ tokens on it meets it; so short"):
+        MiKVConfig.for_budget(0.3, LLAMA, 9)
+
+
+def test_a_quarter_is_balanced_where_that_fits_and_the_choice_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    wide = LlamaConfig(head_dim=128)
+    assert MiKVConfig.for_budget(0.25, wide, 32_768) == MiKVConfig.preset("balanced")
+    assert MiKVConfig.for_budget(0.25, wide, 4096) == MiKVConfig.preset("small")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "32,768 tokens: preset 'balanced', 0.2" in first
+    assert "preset 'small'" in second
+    assert "'balanced' would take 0.256" in second
+
+
+@pytest.mark.parametrize("num_tokens", [0, -1, True, 1.5, 1e30, 10**30, "x", None, math.nan])
+def test_a_length_is_a_number_of_tokens(num_tokens: object) -> None:
+    with pytest.raises(ConfigError, match="num_tokens="):
+        MiKVConfig.for_budget(0.5, LLAMA, num_tokens)  # type: ignore[arg-type]
+
+
+def test_a_model_that_caches_nothing_has_no_budget() -> None:
+    with pytest.raises(UnsupportedModelError, match="caches keys and values"):
+        MiKVConfig.for_budget(0.5, MambaConfig(num_hidden_layers=2))
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.01, math.nan, "0.3", None])

@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import stat
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,8 @@ def talk(mikv, tiny_folder):
     """Run `mikv chat` on lines of stdin."""
 
     def run(*lines, options=()):
-        result = mikv("chat", "-m", tiny_folder, "--max-new-tokens", 12, *options, stdin="\n".join(lines) + "\n")
+        stdin = ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
+        result = mikv("chat", "-m", tiny_folder, "--max-new-tokens", 12, *options, stdin=stdin)
         assert result.exit_code == 0, result.output
         return result
 
@@ -65,7 +68,8 @@ def test_a_saved_conversation_is_continued(talk, tmp_path):
     assert "saved" in whole.stderr
     resumed = talk(f"/load {tmp_path / 'my talk'}", "Go on.", options=("--preset", "small"))
     assert resumed.stdout == whole.stdout.removeprefix(first)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["my talk", "my talk.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["my talk"]
+    assert stat.S_IMODE((tmp_path / "my talk").stat().st_mode) == 0o600
 
 
 def test_save_overwrites_only_when_told(talk, tmp_path):
@@ -95,15 +99,41 @@ def test_memory_of_an_empty_cache_and_of_skipped_layers(talk, tmp_path):
         ("/nope", "there is no command /nope; /help lists the commands"),
         ("/save", "the file name is missing: /save FILE"),
         ("/load", "the file name is missing: /load FILE"),
-        ("/load nowhere", "cannot read nowhere.json: No such file or directory"),
-        ("/save no/such/folder/x", "the folder no/such/folder does not exist"),
+        ("/load nowhere", "cannot read nowhere: No such file or directory"),
+        ("/load .", ". is not a saved conversation: it is not a regular file"),
+        ("/load ..", ".. is not a saved conversation: it is not a regular file"),
+        ("/load pipe", "pipe is not a saved conversation: it is not a regular file"),
+        ("/load /dev/zero", "/dev/zero is not a saved conversation: it is not a regular file"),
+        ("/load deep", "deep.json is not a saved conversation: maximum recursion depth exceeded"),
+        ("/load text", "text is not a saved conversation: mikv chat wrote no words into it"),
+        ("/load a\0b", "cannot read a\\x00b: embedded null byte"),
+        ("/load ~nobody-of-this-name/x", "~nobody-of-this-name/x: Could not determine home directory"),
+        ("/load " + "x" * 5000, "File name too long"),
+        ("/save .", "is a folder, not a regular file; choose another name"),
+        ("/save text", "text exists; /save! text overwrites it"),
+        ("/save! .", " is a folder, not a regular file; choose another name"),
+        ("/save! pipe", "pipe is a pipe, not a regular file; choose another name"),
+        ("/save! /dev/null", "/dev/null is a device, not a regular file; choose another name"),
+        ("/save a\0b", "cannot be the name of a file; choose another one"),
+        ("/save " + "x" * 5000, "File name too long"),
+        ("/save no/such/folder/x", "no/such/folder does not exist; create it or choose another one"),
+        ("/laod x", "there is no command /laod; did you mean /load? /help lists the commands"),
+        ("/Help", "there is no command /Help; did you mean /help? /help lists the commands"),
+        ("bytes: \udcff\udcfe", "character 8 of bytes: \\udcff\\udcfe is not UTF-8 text"),
+        ("/load a\udcff", "character 2 of a\\udcff is not UTF-8 text"),
+        ("/save a\udcff", "character 2 of a\\udcff is not UTF-8 text"),
+        ("/system \udcff", "character 1 of \\udcff is not UTF-8 text"),
         ("/system", "the system message is missing: /system TEXT"),
     ],
 )
 def test_a_bad_command_is_reported_and_the_conversation_goes_on(talk, tmp_path, monkeypatch, line, message):
     monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("text").write_text("{}")
+    Path("deep.json").write_text("[" * 100_000)
     result = talk("Hello", line, "/exit", "never read")
-    assert errors(result) == [f"error: {message}"]
+    [error] = errors(result)
+    assert message in error
     assert result.stdout == talk("Hello").stdout
 
 

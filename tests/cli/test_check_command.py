@@ -13,20 +13,25 @@ LOOSE, STRICT = Criteria(10.0, 0.0, 1.0), Criteria(1e-9, 1.0, 0.0)
 
 @pytest.fixture
 def short(monkeypatch):
-    """Short tasks; balanced fails, the others pass."""
+    """Short tasks; nothing meets the criteria of balanced, everything those of the others."""
     monkeypatch.setattr(check, "TEXT_LENGTHS", (100,))
     monkeypatch.setattr(check, "CONVERSATIONS", ())
     monkeypatch.setattr(check, "CRITERIA", {"small": LOOSE, "balanced": STRICT, "lossless": LOOSE})
 
 
 @pytest.mark.parametrize(
-    ("preset", "code", "word"), [("balanced", 1, "FAIL: balanced"), ("lossless", 0, "PASS: lossless")]
+    ("preset", "code", "word", "recommended"),
+    [
+        ("balanced", 1, "FAIL: balanced", "none of these presets meets the criteria of balanced; keep the full cache"),
+        ("lossless", 0, "PASS: lossless", "small, the smallest that meets the criteria of lossless"),
+    ],
 )
-def test_the_exit_code_and_the_last_lines_tell(mikv, tiny_folder, short, preset, code, word):
+def test_the_exit_code_and_the_last_lines_tell(mikv, tiny_folder, short, preset, code, word, recommended):
     result = mikv("check", "--model", tiny_folder, "--preset", preset, "--minutes", 0)
     assert result.exit_code == code, result.output
     assert word in result.stdout
-    assert result.stdout.splitlines()[-1] == "recommended: small, the smallest that meets its own criteria"
+    assert result.stdout.splitlines()[-1] == f"recommended: {recommended}"
+    assert f"all presets are held to the criteria of {preset}: KL at most" in " ".join(result.stdout.split())
     assert ("text:prompt=100 KL" in result.stdout.splitlines()[-2]) == (code == 1)
 
 
@@ -34,7 +39,7 @@ def test_balanced_is_what_is_asked_for_by_default(mikv, tiny_folder, short):
     result = mikv("check", "--model", tiny_folder, "--minutes", 0, "--json")
     assert result.exit_code == 1
     found = json.loads(result.stdout)
-    assert (found["preset"], found["passed"], found["recommended"]) == ("balanced", False, "small")
+    assert (found["preset"], found["passed"], found["recommended"]) == ("balanced", False, None)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +59,8 @@ def test_outlier_keys_are_a_warning_with_the_worst_layers(mikv, tiny_folder, sho
     [
         (("--preset", "tiny"), "unknown preset 'tiny'"),
         (("--minutes", "-1"), "--minutes -1 must be 0 or more"),
+        (("--minutes", "nan"), "--minutes nan must be 0 or more"),
+        (("--minutes", "1e30"), "--minutes 1e+30 must be 0 or more, and at most 10,000"),
         (("--model", "./nowhere"), "does not exist"),
     ],
 )

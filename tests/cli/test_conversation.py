@@ -1,7 +1,6 @@
 """A conversation over one cache: each turn feeds only what is new, whatever happened in the turn before."""
 
 import itertools
-import json
 
 import pytest
 import torch
@@ -172,19 +171,6 @@ def test_a_saved_conversation_continues_identically(loaded, tmp_path, preset):
     assert other.messages == conversation.messages
 
 
-def test_saving_refuses_to_overwrite_either_file(loaded, tmp_path):
-    conversation = Conversation(loaded, EXACT)
-    talk(conversation, TEXTS[:1])
-    (tmp_path / "a.json").write_text("precious")
-    (tmp_path / "b").write_text("precious")
-    for name in ("a", "b"):
-        with pytest.raises(CheckpointError, match="exists"):
-            conversation.save(tmp_path / name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b"]
-    conversation.save(tmp_path / "b", overwrite=True)
-    conversation.load(tmp_path / "b")
-
-
 def test_a_conversation_with_other_weights_is_refused(loaded, tmp_path):
     conversation = Conversation(loaded, EXACT)
     talk(conversation, TEXTS[:1])
@@ -193,31 +179,6 @@ def test_a_conversation_with_other_weights_is_refused(loaded, tmp_path):
     other = LoadedModel("other", loaded.model, loaded.tokenizer)
     with pytest.raises(CheckpointError, match="saved from the model 'tiny', this is 'other' with other weights"):
         Conversation(other, EXACT).load(tmp_path / "talk")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda words: "{", "is not a saved conversation"),
-        (lambda words: json.dumps(words | {"version": 2}), "format version 2, this mikv reads up to 1; update mikv"),
-        (lambda words: json.dumps(words | {"token_ids": "x"}), "is not a saved conversation"),
-        (lambda words: json.dumps(words | {"messages": [{"role": "user"}]}), "is not a saved conversation"),
-        (lambda words: json.dumps(words | {"token_ids": words["token_ids"][:-2]}), "do not belong together"),
-        (lambda words: json.dumps(words | {"cached_tokens": 3}), "do not belong together"),
-        (lambda words: None, "cannot read"),
-    ],
-)
-def test_a_damaged_conversation_is_refused_and_changes_nothing(loaded, tmp_path, damage, message):
-    conversation = Conversation(loaded, EXACT)
-    talk(conversation, TEXTS[:1])
-    conversation.save(tmp_path / "talk")
-    path = tmp_path / "talk.json"
-    text = damage(json.loads(path.read_text()))
-    path.unlink() if text is None else path.write_text(text)
-    before = conversation.cache, list(conversation.token_ids)
-    with pytest.raises(CheckpointError, match=message):
-        conversation.load(tmp_path / "talk")
-    assert (conversation.cache, conversation.token_ids) == before
 
 
 @pytest.mark.bundled

@@ -9,6 +9,7 @@ import torch
 from mikv.cache.config import MiKVConfig
 from mikv.cli.answer import AnswerOptions, answer
 from mikv.cli.progress import prefill_bar
+from mikv.cli.terminal import visible
 from mikv.integrations.transformers import MiKVCache
 from mikv.models import LoadedModel
 from tiny_chat import chat_model, chat_tokenizer, save_chat_model, write_gguf
@@ -39,7 +40,7 @@ def full_cache_answer(loaded, prompt, num_tokens):
 def test_the_answer_is_the_models_own_with_a_full_precision_cache(mikv, tiny_folder, exact_file, loaded):
     result = mikv("generate", "Hello you", "-m", tiny_folder, "--config", exact_file, "--max-new-tokens", 20)
     assert result.exit_code == 0
-    assert result.stdout == full_cache_answer(loaded, "Hello you", 20) + "\n"
+    assert result.stdout == visible(full_cache_answer(loaded, "Hello you", 20)) + "\n"
 
 
 def test_a_summary_goes_to_stderr(mikv, tiny_folder):
@@ -152,6 +153,15 @@ def test_bad_options_are_refused_before_a_model_is_loaded(refused, monkeypatch, 
 def test_a_prompt_that_is_not_text_is_refused(refused, tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     assert "is not UTF-8 text" in refused("generate", "--prompt-file", tmp_path / "bytes")
+
+
+def test_a_prompt_without_end_is_refused(refused):
+    assert "is longer than 64 MiB" in refused("generate", "--prompt-file", "/dev/zero")
+
+
+@pytest.mark.parametrize("name", [".", "x" * 5000])
+def test_a_prompt_file_that_cannot_be_one_is_refused(refused, name):
+    assert "cannot read the prompt" in refused("generate", "--prompt-file", name)
 
 
 def test_a_model_without_chat_template_points_to_raw(refused, wordless_folder):

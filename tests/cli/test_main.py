@@ -1,12 +1,15 @@
 """The command itself: fast help, lazy imports, errors in one line."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 import mikv
-from mikv.cli import COMMANDS
+from mikv.cache.policies import policy_names
+from mikv.cli import COMMANDS, eval, sweep
+from mikv.lab.tasks import task_names
 
 HEAVY = ("torch", "transformers", "numpy", "matplotlib")
 
@@ -45,6 +48,63 @@ def test_an_unknown_command_is_refused(mikv):
     result = mikv("nonsense")
     assert result.exit_code == 2
     assert "No such command 'nonsense'" in result.stderr
+
+
+def test_a_mistyped_command_gets_the_nearest_name(mikv):
+    result = mikv("quantise")
+    assert result.exit_code == 2
+    assert "No such command 'quantise'; did you mean quantize?" in result.stderr
+
+
+def test_the_names_that_help_lists_are_all_there_are():
+    assert list(sweep.POLICIES) == policy_names()
+    assert task_names() == eval.TASKS
+
+
+def complete(shell, words):
+    environment = {"_MIKV_COMPLETE": f"complete_{shell}", "COMP_WORDS": words, "COMP_CWORD": "1"}
+    environment |= {"_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    code = "from mikv.cli import app; app(prog_name='mikv')"
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_the_commands(shell):
+    words = complete(shell, "mikv qua")
+    assert "quantize" in words
+    assert "generate" not in words
+
+
+def test_completion_can_be_installed(mikv):
+    assert "--install-completion" in mikv("--help").stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize(
+    "arguments", [("info",), ("--help",), ("eval", "--help"), ("generate", "hi", "--preset", "\u2026")]
+)
+def test_output_degrades_where_its_encoding_ends(arguments, encoding):
+    code = f"import sys; from mikv.cli import main; sys.argv = {['mikv', *arguments]!r}; main()"
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120)
+    assert done.returncode in (0, 2)
+    assert b"Traceback" not in done.stderr
+    assert (done.stdout + done.stderr).decode(encoding)
+
+
+def test_an_error_that_nobody_expected_is_one_line(mikv, tiny_folder, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("out of \x1b]0;memory")
+
+    monkeypatch.setattr("mikv.cli.answer.answer", fail)
+    result = mikv("generate", "hi", "-m", tiny_folder)
+    assert result.exit_code == 1
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(r"error: RuntimeError: out of \x1b]0;memory; with MIKV_TRACEBACK=1")
+    monkeypatch.setenv("MIKV_TRACEBACK", "1")
+    assert isinstance(mikv("generate", "hi", "-m", tiny_folder).exception, RuntimeError)
 
 
 def run_script(*arguments, folder):

@@ -84,6 +84,20 @@ def test_a_folder_that_mikv_quantized_is_planned_as_it_is_unless_told_otherwise(
     assert own["memory_bytes"]["embeddings"] == pytest.approx(other["memory_bytes"]["embeddings"] / 4)
 
 
+def test_many_options_stand_below_each_other_in_80_columns(mikv, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    options = "fp16,int4,bcq3,bcq4+balanced,bcq2+small,int8+mikv:balanced+low_v=int4,3.375+fp8"
+    lines = mikv("plan", "opt-175b", *A100, "--compare", options).stdout.splitlines()
+    text = "\n".join(lines)
+    for name in options.split(","):
+        weights, _, cache = name.partition("+")
+        weights = "3.375 bits" if weights == "3.375" else weights
+        assert f"{weights} + {cache or 'full'}" in text
+    assert "…" not in text
+    assert all(len(line) <= 80 for line in lines if not line.startswith("note"))
+    assert sum(line.startswith("bits per weight") for line in lines) > 1
+
+
 def test_constants_are_listed_with_sources(mikv):
     text = " ".join(mikv("plan", "llama-3-8b", *A100, "--constants", "--efficiency", "layer_us=7").stdout.split())
     assert "layer_us 7 us per layer --efficiency" in text

@@ -89,7 +89,7 @@ def test_geometry_agrees_with_the_cache(family: str) -> None:
     for layer, cached, memory in zip(geometry.layers, cache.layers, cache.memory().layers, strict=False):
         assert layer.is_compressible == (memory.skipped is None)
         if memory.skipped is None:
-            assert cached.tokens.shape == (1, geometry.num_kv_heads, geometry.head_dim)
+            assert cached.tokens.shape == (1, layer.num_kv_heads, layer.head_dim)
             continue
         assert sum(memory.tokens_by_tier.values()) == layer.num_cached(PROMPT.ids.shape[1])
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from mikv.cache.config import BEST_FIRST, MiKVConfig
 from mikv.errors import ConfigError, ModelNotFoundError
@@ -112,7 +113,7 @@ def test_a_check_asks_every_task_of_every_preset_and_is_json(tiny_folder, criter
         "check",
         "balanced",
         False,
-        "small",
+        None,
     )
     assert [verdict["preset"] for verdict in found["verdicts"]] == list(BEST_FIRST)
     assert [(f["task"], f["criterion"]) for f in found["verdicts"][0]["findings"]] == [
@@ -123,6 +124,17 @@ def test_a_check_asks_every_task_of_every_preset_and_is_json(tiny_folder, criter
     assert [layer["layer"] for layer in found["outliers"]] == [0, 1]
     assert list(found["bytes_at"]) == ["1024", "4096"]
     assert found["bytes_at"]["1024"]["small"] < found["bytes_at"]["1024"]["full"]
+
+
+@pytest.mark.parametrize("asked", BEST_FIRST)
+def test_every_preset_is_held_to_the_criteria_of_the_one_asked_for(tiny_folder, asked):
+    """A laxer preset is not recommended because its own limits are laxer."""
+    found = run(tiny_folder, asked).to_dict()
+    assert found["criteria"] == {"of": asked} | vars(CRITERIA[asked])
+    for verdict in found["verdicts"]:
+        limits = {finding["criterion"]: finding["limit"] for finding in verdict["findings"]}
+        assert limits["KL"] == CRITERIA[asked].kl_mean
+        assert limits["top-1"] == CRITERIA[asked].top1_agreement
 
 
 def test_a_task_that_the_model_fails_with_the_full_cache_does_not_count(tiny_folder):
@@ -209,3 +221,17 @@ def test_what_is_uneven_after_the_transforms_is_not_tamed():
     assert KeyOutliers(0, 50.0, 2.0).is_tamed
     assert not KeyOutliers(0, 50.0, 9.0).is_tamed
     assert not KeyOutliers(0, 5.0, 2.0).is_outlier
+
+
+def test_gemma_4_whose_layers_have_other_heads_and_dims_is_checked(tmp_path):
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "sliding_window": 16}
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    dims = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    words = {"vocab_size": 261, "vocab_size_per_layer_input": 261, "hidden_size_per_layer_input": 8, "pad_token_id": 2}
+    config = Gemma4TextConfig(**layers, **shape, **dims, **words, max_position_embeddings=512)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    chat_tokenizer(template=None).save_pretrained(tmp_path)
+    report = run(tmp_path)
+    assert report.verdict.skipped is None
+    assert set(report.uncompressed) == {0, 2, 3}
+    assert report.bytes_at == {}

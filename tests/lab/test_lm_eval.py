@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from lm_eval.tasks import TaskManager
 
 from mikv.cache.config import MiKVConfig
 from mikv.errors import ConfigError, ModelNotFoundError
-from mikv.integrations import lm_eval as integration
 from mikv.lab import lm_eval as lab_lm_eval
 from mikv.lab.lm_eval import MiKVLM
 from mikv.models import load_model
@@ -66,7 +64,7 @@ def ours(folder, **arguments):
 
 def noisy(folder, monkeypatch):
     """The model with a cache that stores noise."""
-    monkeypatch.setattr("mikv.lab.lm_eval_options.parse_cache", lambda name: with_layers("noise", NoiseLayer))
+    monkeypatch.setattr("mikv.lab.lm_eval.options.parse_cache", lambda name: with_layers("noise", NoiseLayer))
     return ours(folder, cache="noise")
 
 
@@ -218,7 +216,7 @@ def test_settings_of_sampling_do_not_matter_to_greedy_tasks(tiny_folder):
 
 def test_the_command_of_the_guide_finds_the_model_type_and_the_tasks(tiny_folder, tmp_path):
     arguments = f"pretrained={tiny_folder},cache=mikv:small+policy=window,chunk=64"
-    command = [sys.executable, "-m", "lm_eval", "--model", "mikv", "--model_args", arguments, "--limit", "1"]
+    command = [sys.executable, "-m", "mikv.lab.lm_eval", "--model", "mikv", "--model_args", arguments, "--limit", "1"]
     command += ["--tasks", ",".join(NAMES), "--include_path", str(TASKS), "--output_path", str(tmp_path / "out")]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | offline, capture_output=True, text=True)
@@ -231,35 +229,12 @@ def test_the_command_of_the_guide_finds_the_model_type_and_the_tasks(tiny_folder
     assert set(results["results"]) == set(NAMES)
 
 
-@pytest.mark.parametrize(("installed", "is_registered"), [("0.4.12", False), ("0.4.13", True), ("0.5.0", True)])
-def test_importing_torch_registers_with_a_lm_eval_that_takes_placeholders(monkeypatch, installed, is_registered):
-    registered = {}
-    registry = SimpleNamespace(model_registry=Registry(registered))
-    monkeypatch.setattr(integration, "version", lambda name: installed)
-    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", registry)
-    integration.register()
-    integration.register()
-    assert registered == ({"mikv": f"{MiKVLM.__module__}:{MiKVLM.__name__}"} if is_registered else {})
-
-
-class Registry(dict):
-    def __init__(self, registered):
-        self.registered = registered
-
-    def __contains__(self, name):
-        return name in self.registered
-
-    def register(self, name, target):
-        assert name not in self.registered
-        self.registered[name] = target
-
-
-def test_importing_torch_alone_does_not_import_lm_eval():
+def test_the_models_of_the_harness_are_still_there():
     code = (
-        "import sys, torch; from mikv.integrations.lm_eval import register; register(); print('lm_eval' in sys.modules)"
+        "import mikv.lab.lm_eval; from lm_eval.api.registry import model_registry as r; print('hf' in r, 'mikv' in r)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "True"
 
 
 @pytest.mark.bundled

@@ -18,9 +18,9 @@ from mikv.lab.sweep import Arm, Sweep, SweepPlan, _outcome
 from mikv.lab.sweep_page import page
 from tiny_chat import save_chat_model
 
-FULL = LayerGeometry("full_attention", None)
-SLIDING = LayerGeometry("sliding_attention", 16)
-SIX = CacheGeometry((FULL,) * 6, 2, 64, 2)
+FULL = LayerGeometry("full_attention", None, 2, 64)
+SLIDING = LayerGeometry("sliding_attention", 16, 2, 64)
+SIX = CacheGeometry((FULL,) * 6, 2)
 BASE = MiKVConfig(importance_ratio=0.08, high="int8", low_k="int4", low_v="int3", policy="normalized")
 TASKS = ("text:prompt=120,read=16,split=tune", "text:kind=code,prompt=120,read=16,split=tune")
 SMALL = Grid(ratios=(0.1,), high=("int8",), low=("K4V3",))
@@ -132,12 +132,12 @@ def test_grids_that_cannot_be_are_refused(settings, message):
 
 
 def test_edges_are_the_first_and_last_two_layers_that_are_compressed():
-    hybrid = CacheGeometry((SLIDING, FULL, FULL, FULL, FULL, FULL, SLIDING), 2, 64, 2)
+    hybrid = CacheGeometry((SLIDING, FULL, FULL, FULL, FULL, FULL, SLIDING), 2)
     assert with_wide_edges(BASE, hybrid).layer_settings == {
         "1-2": {"low_k": "int8", "low_v": "int4"},
         "4-5": {"low_k": "int8", "low_v": "int4"},
     }
-    assert list(with_wide_edges(BASE, CacheGeometry((FULL,) * 3, 2, 64, 2)).layer_settings) == ["0-2"]
+    assert list(with_wide_edges(BASE, CacheGeometry((FULL,) * 3, 2)).layer_settings) == ["0-2"]
 
 
 def test_a_probe_compresses_one_layer_one_step_narrower():
@@ -164,7 +164,7 @@ def test_bits_are_never_moved_where_nothing_is_gained():
 @pytest.mark.parametrize("low", [("int4", "int4"), ("int4", "int3"), ("int3", "int3")])
 @pytest.mark.parametrize("num_layers", [2, 5, 30])
 def test_an_allocation_never_takes_more_bytes(low, num_layers):
-    geometry = CacheGeometry((FULL,) * num_layers, 3, 64, 4)
+    geometry = CacheGeometry((replace(FULL, num_kv_heads=3),) * num_layers, 4)
     kl = {layer: 10.0 ** -(layer % 5) for layer in range(num_layers)}
     for tokens in (100, 777, 3000):
         config = MiKVConfig(low_k=low[0], low_v=low[1])
@@ -213,7 +213,7 @@ def test_a_sweep_measures_combinations_uniform_twins_and_presets_on_every_task(p
     one = next(arm for arm in outcome.arms if arm.label == "r 0.1 8/K4V3")
     of_it = [record for record in records if record["cache"] == one.cache]
     assert one.kl_mean == pytest.approx(sum(record["kl_mean"] for record in of_it) / 2)
-    geometry = CacheGeometry((FULL,) * 4, 2, 64, 4)
+    geometry = CacheGeometry((FULL,) * 4, 4)
     assert one.ratio == cache_bytes(MiKVConfig(importance_ratio=0.1), geometry, 1000).ratio
     assert sweep.extent == "5 caches × 2 samples = 10 readings"
 
@@ -245,7 +245,7 @@ def test_caches_asked_for_by_name_are_measured_besides(plan):
     sweep, records, _ = run(replace(plan, also=also))
     others = {arm.label: arm for arm in sweep.outcome(records).arms if arm.kind == "other"}
     assert set(others) == set(also) - {"mikv:balanced"}  # which is of the grid
-    geometry = CacheGeometry((FULL,) * 4, 2, 64, 4)
+    geometry = CacheGeometry((FULL,) * 4, 4)
     assert others["kivi2"].ratio == cache_bytes(parse_cache("kivi2").config, geometry, 1000).ratio
     assert others["turboquant4"].ratio == others["turboquant4"].measured_ratio
     assert others["full"].kl_mean == 0

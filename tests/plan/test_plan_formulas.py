@@ -140,7 +140,7 @@ def test_large_batches_are_bound_by_compute_and_many_gpus_by_communication():
 def test_bytes_of_presets_are_those_of_the_caches_own_accounting(name, devices):
     one = deployment("llama-3-70b", "fp16", name, batch=3, context=3000)
     geometry = one.shape.geometry(devices, 2)
-    assert geometry.num_kv_heads == 8 // devices
+    assert {layer.num_kv_heads for layer in geometry.layers} == {8 // devices}
     assert cache_bytes(one, devices) == accounted(MiKVConfig.preset(name), geometry, 3000, batch=3).bytes
 
 
@@ -176,7 +176,10 @@ def test_a_number_of_bits_is_all_that_a_weight_takes():
 def test_every_named_model_can_be_planned_and_is_as_large_as_it_is_called(name):
     shape = model_shape(name)
     assert plan(deployment(name, hardware=GPUS["h100"])).fits
-    size = name.split("-")[-1]
+    size = {"llama-3.2-1b": "1.24b", "mixtral-8x7b": "46.7b", "mixtral-8x22b": "141b"}.get(name, name.split("-")[-1])
+    if shape.num_experts and size[0] == "a":
+        size, active = name.split("-")[-2:]
+        assert shape.active_parameters + 2 * shape.head_parameters == pytest.approx(float(active[1:-1]) * 1e9, rel=0.12)
     if size.endswith(("b", "m")):
         called = float(size[:-1]) * (1e9 if size.endswith("b") else 1e6)
         assert shape.num_parameters == pytest.approx(called, rel=0.1)

@@ -8,9 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mikv.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
 from mikv.integrations.quantizer.config import BCQConfig
-from mikv.plan.hub_config import REQUIRED, shape_of_config
+from mikv.plan.hub_config import shape_of_config
+from mikv.plan.hub_fields import REQUIRED
 from mikv.plan.models import NAMED, model_shape
-from mikv.plan.quantized import quantized_format
+from mikv.plan.quantized import stored_format
 
 COMMON = {
     "hidden_size": 64,
@@ -27,6 +28,20 @@ CONFIGS = {
     "mistral": GATED | {"sliding_window": 32},
     "qwen2": GATED,
     "qwen3": GATED | {"head_dim": 32},
+    "gemma": GATED | {"head_dim": 32},
+    "gemma2": GATED | {"head_dim": 32, "sliding_window": 32},
+    "gemma3_text": GATED | {"head_dim": 32, "sliding_window": 32},
+    "gemma4_text": GATED
+    | {"head_dim": 16, "global_head_dim": 32, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8},
+    "gemma4_text, shared": GATED
+    | {
+        **{"model_type": "gemma4_text", "head_dim": 16, "global_head_dim": 32, "num_kv_shared_layers": 1},
+        **{"num_global_key_value_heads": 1, "attention_k_eq_v": True, "use_double_wide_mlp": True},
+        **{"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "num_hidden_layers": 4},
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "mixtral": GATED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": GATED | {"head_dim": 32, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2},
     "opt": COMMON | {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "gpt_neox": COMMON | {"intermediate_size": 96},
 }
@@ -110,9 +125,9 @@ def quantized(**settings):
 def test_a_quantized_checkpoint_tells_its_own_format():
     weights = quantized(bits=3, group_size=64, method="offset").quantization
     assert weights["bits"] == 3
-    found = quantized_format(quantized(bits=3, group_size=64, method="offset"))
+    found = stored_format(quantized(bits=3, group_size=64, method="offset"))
     assert (found.name, found.bits, found.numbers, found.group_size) == ("bcq3", 3, 4, 64)
-    assert quantized_format(quantized(bits=4, method="rtn")).numbers == 2
+    assert stored_format(quantized(bits=4, method="rtn")).numbers == 2
 
 
 def test_layers_with_other_bits_count_with_theirs():
@@ -120,8 +135,8 @@ def test_layers_with_other_bits_count_with_theirs():
     mixed = quantized(bits=3, group_size=None, module_settings={"model.layers.1.mlp.down_proj": {"bits": 4}})
     rows, columns = plain.matrices[-1]
     more = rows * (columns / 8 + 2)
-    usual = sum(quantized_format(plain).matrix_bytes(*size) for size in plain.matrices) * 3
-    bits = quantized_format(mixed).bits
+    usual = sum(stored_format(plain).matrix_bytes(*size) for size in plain.matrices) * 3
+    bits = stored_format(mixed).bits
     assert bits * mixed.matrix_parameters / 8 == pytest.approx(usual + more)
 
 
@@ -129,12 +144,12 @@ def test_layers_with_other_bits_count_with_theirs():
     ("settings", "message"),
     [
         ({"quant_method": "gptq", "bits": 4}, "quantized by 'gptq'.*--weights"),
-        (BCQConfig(modules_to_not_convert=["model.layers.0"]).to_dict(), "layers that are not quantized"),
+        (BCQConfig(module_settings={"model.vision.proj": {"bits": 3}}).to_dict(), "'model.vision.proj', whose size"),
     ],
 )
 def test_foreign_and_partial_quantization_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        quantized_format(shape_of_config("x", TINY | {"quantization_config": settings}))
+        stored_format(shape_of_config("x", TINY | {"quantization_config": settings}))
 
 
 def test_names_are_lower_case():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_models import quantized
+from quantized_models import edit_config, quantized
 from torch import Tensor
 
 from tiny import tiny_tokenizer
@@ -35,13 +35,14 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def damage(saved: Path) -> Callable[[Callable[[dict[str, Tensor]], object]], Path]:
-    """Change the tensors of the saved model."""
+    """Change the tensors of the saved model, which has no checksums, as before format 2."""
     from safetensors.torch import load_file, save_file
 
     def change(edit: Callable[[dict[str, Tensor]], object]) -> Path:
         file = saved / "model.safetensors"
         tensors = load_file(file)
         edit(tensors)
+        edit_config(saved, format=1)
         save_file(tensors, file, metadata={"format": "pt"})
         return saved
 

@@ -1,6 +1,8 @@
 """Tiny models, quantized, and what they answer."""
 
+import json
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,3 +32,11 @@ def quantized(family: str = "llama", settings: dict[str, Any] | None = None, **c
     model = tiny_model(family, **settings or {})
     mikv.quantize(model, mikv.BCQConfig(**{"bits": 4, "group_size": 32} | config))
     return model
+
+
+def edit_config(folder: Path, **settings: Any) -> None:
+    """Change the quantization_config of a saved model."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= settings
+    file.write_text(json.dumps(config))

@@ -1,6 +1,7 @@
 """Quantized models through transformers: on the fly, saved, loaded, moved, refused."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_models import TOKENS, logits, quantized, reload
+from quantized_models import TOKENS, edit_config, logits, quantized, reload
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import mikv
 from mikv.errors import CheckpointError, ConfigError, MiKVError, NumericsError, UnsupportedModelError
@@ -116,7 +117,7 @@ def test_settings_of_single_layers_and_exceptions_hold_and_are_saved() -> None:
 
 def test_configuration_in_the_folder_is_versioned(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())["quantization_config"]
-    assert (config["quant_method"], config["format"], config["version"]) == ("mikv_bcq", 1, mikv.__version__)
+    assert (config["quant_method"], config["format"], config["version"]) == ("mikv_bcq", 2, mikv.__version__)
     assert (config["method"], config["uniform"], config["offset"]) == ("offset", False, True)
 
 
@@ -151,13 +152,6 @@ def test_transformers_knows_quantized_models_once_mikv_is_imported(saved: Path, 
     assert done.stdout.strip() == "BCQLinear"
 
 
-def edit_config(folder: Path, **settings: Any) -> None:
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    config["quantization_config"] |= settings
-    file.write_text(json.dumps(config))
-
-
 DAMAGES: list[tuple[Callable[[dict[str, Tensor]], object], str]] = [
     (lambda t: t.pop(f"{LAYER}.planes"), rf"no {LAYER}\.planes"),
     (lambda t: t.pop(f"{LAYER}.scales"), rf"no {LAYER}\.scales"),
@@ -170,6 +164,134 @@ DAMAGES: list[tuple[Callable[[dict[str, Tensor]], object], str]] = [
     (lambda t: t.update({f"{LAYER}.planes": t[f"{LAYER}.planes"][:3].contiguous()}), f"{LAYER}"),
     (lambda t: t.update({f"{LAYER}.scales": t[f"{LAYER}.scales"][:, :, 0].contiguous()}), f"{LAYER}"),
 ]
+
+
+def test_without_mikv_transformers_refuses_the_folder_and_names_what_is_missing(saved: Path) -> None:
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(saved)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Unknown quantization type, got mikv_bcq" in done.stderr
+    assert "write `import mikv` before from_pretrained" in done.stderr
+    assert "RuntimeError" in done.stderr
+
+
+def test_tensors_for_readers_without_mikv_are_not_reported_to_those_with_it(saved: Path, caplog: Any) -> None:
+    AutoModelForCausalLM.from_pretrained(saved)
+    assert "LOAD REPORT" not in caplog.text
+
+
+def test_a_folder_of_format_1_is_read_with_a_warning(saved: Path, damage: Damage, caplog: Any) -> None:
+    expected = logits(AutoModelForCausalLM.from_pretrained(saved))
+    caplog.clear()
+    again = AutoModelForCausalLM.from_pretrained(damage(lambda tensors: None))
+    assert torch.equal(logits(again), expected)
+    assert "wrote no checksums" in caplog.text
+    caplog.clear()
+    assert torch.equal(logits(reload(again)), expected)
+    assert "checksums" not in caplog.text
+
+
+def test_format_2_without_checksums_is_refused(saved: Path, damage: Damage) -> None:
+    damage(lambda tensors: None)
+    edit_config(saved, format=2)
+    with pytest.raises(CheckpointError, match="the checksums of the weights are missing"):
+        load_model(str(saved))
+
+
+def test_a_model_in_several_files_has_one_set_of_checksums(tmp_path: Path) -> None:
+    model = quantized()
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    first = sorted(tmp_path.glob("*.safetensors"))[0]
+    first.unlink()
+    with pytest.raises(CheckpointError, match=f"has no {first.name}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_head_of_its_own_is_quantized_as_such_whatever_the_configuration_says(tmp_path: Path) -> None:
+    tiny_model(tie_word_embeddings=False).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    config = mikv.BCQConfig(bits=8, group_size=32, quantize_embeddings=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = logits(plain)
+    mikv.quantize(plain, config)
+    on_the_fly = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    for model in (plain, on_the_fly, reload(plain), reload(on_the_fly)):
+        assert type(model.lm_head) is BCQLinear
+        assert (logits(model) - before).norm() < 0.05 * before.norm()
+
+
+def test_dequantize_after_saving(tmp_path: Path) -> None:
+    model = quantized()
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    model.dequantize()
+    assert (logits(model) - before).norm() < 0.05 * before.norm()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantized_embeddings_say_that_they_cannot_be_resized(tied: bool) -> None:
+    model = quantized(settings={"tie_word_embeddings": tied}, quantize_embeddings=True)
+    with pytest.raises(UnsupportedModelError, match=r"token embedding is quantized.*dequantize\(\) first"):
+        model.resize_token_embeddings(100)
+    assert logits(model).isfinite().all()
+    model.dequantize()
+    model.resize_token_embeddings(100)
+    assert logits(model).shape[-1] == 100
+
+
+@pytest.mark.parametrize("token", [-1, 96, 97, 2**40])
+def test_a_token_beyond_the_vocabulary_is_an_error_and_no_other_row(token: int) -> None:
+    model = quantized(quantize_embeddings=True)
+    with pytest.raises(IndexError, match=f"token {token} is not in the vocabulary of 96"):
+        model(torch.tensor([[3, token]]))
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_the_body_of_a_saved_model_is_loaded_without_its_head(tmp_path: Path, embeddings: bool) -> None:
+    model = quantized(quantize_embeddings=embeddings, module_settings={LAYER: {"bits": 2}})
+    model.save_pretrained(tmp_path)
+    body = AutoModel.from_pretrained(tmp_path, dtype="auto")
+    with torch.no_grad():
+        assert torch.equal(body(TOKENS).last_hidden_state, model.model(TOKENS).last_hidden_state)
+
+
+def test_another_head_than_the_saved_one_is_refused_by_its_name(saved: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="holds a LlamaForCausalLM; load it as that"):
+        AutoModelForSequenceClassification.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("entry", ["k_prj", "model.layer.0", "(a+)+$", "lm_head.weight", ".*"])
+def test_modules_to_keep_that_are_not_there_are_named(entry: str) -> None:
+    with pytest.raises(ConfigError, match=rf"modules_to_not_convert names '{re.escape(entry)}', which is no module"):
+        quantized(modules_to_not_convert=[entry])
+
+
+def test_a_prefix_of_a_number_is_not_the_number() -> None:
+    model = tiny_model(num_hidden_layers=11)
+    mikv.quantize(model, mikv.BCQConfig(group_size=32, modules_to_not_convert=["model.layers.1"]))
+    assert len(linears(model)) == 10 * 7
+
+
+def test_a_model_with_adapters_is_told_to_merge_them() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModelError, match=r"has adapters.*merge_and_unload\(\)"):
+        mikv.quantize(model, mikv.BCQConfig(group_size=32))
+    merged = model.merge_and_unload()
+    mikv.quantize(merged, mikv.BCQConfig(group_size=32))
+    assert len(linears(merged)) == 14
+
+
+def test_a_vision_model_is_not_said_to_have_experts() -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    vision = ViTForImageClassification(
+        ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32)
+    )
+    mikv.quantize(vision, mikv.BCQConfig(group_size=32))
+    assert linears(vision)
 
 
 @pytest.mark.parametrize(("edit", "message"), DAMAGES, ids=range(len(DAMAGES)))
@@ -191,7 +313,7 @@ def test_a_truncated_file_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"format": 2}, CheckpointError),
+        ({"format": 3}, CheckpointError),
         ({"bits": 3}, CheckpointError),
         ({"uniform": True}, CheckpointError),
         ({"group_size": 64}, CheckpointError),

@@ -48,8 +48,8 @@ def test_an_unknown_setting_of_a_file_is_named() -> None:
 
 
 def test_a_newer_format_is_refused_whatever_else_it_says() -> None:
-    with pytest.raises(CheckpointError, match="format 2, this mikv reads up to 1; update mikv"):
-        mikv.BCQConfig.from_dict({"quant_method": "mikv_bcq", "format": 2, "of_the_future": 1})
+    with pytest.raises(CheckpointError, match="format 3, this mikv reads up to 2; update mikv"):
+        mikv.BCQConfig.from_dict({"quant_method": "mikv_bcq", "format": 3, "of_the_future": 1})
 
 
 @pytest.mark.parametrize("value", ["1", 0, None, True])

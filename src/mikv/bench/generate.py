@@ -116,7 +116,7 @@ def _configuration(model: str) -> Any:
 
     source = readable_source(model)
     try:
-        return text_config(AutoConfig.from_pretrained(source))
+        return text_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"cannot read the configuration of {model!r}: {error}") from error
 

@@ -7,11 +7,13 @@ import torch
 
 from mikv.cache.config import MiKVConfig
 from mikv.cache.formats import layer_formats
-from mikv.cache.geometry import CacheGeometry
+from mikv.cache.geometry import FP16_BYTES, CacheGeometry, LayerGeometry
+from mikv.cache.settings import merged
+from mikv.errors import UnsupportedModelError
 from mikv.formats import BLOCK_TOKENS, Format
 
-FP16_BYTES = 2
 _SLOT_BOOKKEEPING = 8  # score float32, position int32
+_WINDOW_COUNTER = 8  # transformers' sliding layers keep their window as a tensor
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class CacheBytes:
 
     @property
     def ratio(self) -> float:
-        """bytes / fp16_bytes."""
-        return self.bytes / self.fp16_bytes
+        """bytes / fp16_bytes; 0 for a model that caches no keys and values."""
+        return self.bytes / self.fp16_bytes if self.fp16_bytes else 0.0
 
 
 def cache_bytes(config: MiKVConfig, geometry: CacheGeometry, num_tokens: int, batch: int = 1) -> CacheBytes:
@@ -32,22 +34,29 @@ def cache_bytes(config: MiKVConfig, geometry: CacheGeometry, num_tokens: int, ba
 
     Raises ConfigError for impossible head dims, and for settings of layers that do not exist.
     """
-    per_row = geometry.num_kv_heads * geometry.head_dim * 2
-    total, fp16_total = 0, 0
+    total = 0
     for index, layer in enumerate(geometry.layers):
-        kept = layer.num_cached(num_tokens)
-        fp16_total += kept * per_row * FP16_BYTES
         if layer.is_compressible and index not in config.skip_layers:
-            total += layer_bytes(config.for_layer(index, len(geometry.layers)), geometry, num_tokens)
+            own = config.for_layer(index, len(geometry.layers))
+            total += batch * layer_bytes(own, layer, num_tokens, geometry.model_dtype_bytes)
         else:
-            total += kept * per_row * geometry.model_dtype_bytes
-    return CacheBytes(total * batch, fp16_total * batch)
+            total += batch * layer.num_numbers(num_tokens) * geometry.model_dtype_bytes
+            total += 0 if layer.window is None else _WINDOW_COUNTER
+    return CacheBytes(total, batch * geometry.fp16_bytes(num_tokens))
 
 
-def layer_bytes(config: MiKVConfig, geometry: CacheGeometry, num_tokens: int) -> int:
-    """Bytes of one compressed layer of one row after a prompt of `num_tokens`; `config` is that of the layer."""
-    head_dim, heads = geometry.head_dim, geometry.num_kv_heads
-    dtype = torch.float32 if geometry.model_dtype_bytes == 4 else torch.float16
+def layer_bytes(config: MiKVConfig, layer: LayerGeometry, num_tokens: int, dtype_bytes: int) -> int:
+    """Bytes of one compressed layer of one row after a prompt of `num_tokens`; `config` is that of the layer.
+
+    Raises UnsupportedModelError if its keys have other dims than its values.
+    """
+    head_dim, heads = layer.head_dim, layer.num_kv_heads
+    if layer.value_dim not in (None, head_dim):
+        raise UnsupportedModelError(
+            f"keys of {head_dim} channels with values of {layer.value_dim}: mikv compresses only heads whose keys and "
+            "values have the same dim; name these layers in skip_layers"
+        )
+    dtype = torch.float32 if dtype_bytes == 4 else torch.float16
     formats = layer_formats(config, head_dim, dtype)
     if config.keeps_everything_exact or num_tokens < max(1, config.warmup_tokens):
         statistics = 0 if config.keeps_everything_exact else num_tokens * 4
@@ -65,8 +74,9 @@ def layer_bytes(config: MiKVConfig, geometry: CacheGeometry, num_tokens: int) ->
 
 def low_tier_tokens(config: MiKVConfig, num_tokens: int) -> int:
     """Tokens that leave the high tier of a prompt of `num_tokens`: whole blocks."""
-    spans = _protected_positions(config, num_tokens)
-    movable = num_tokens - len(spans)
+    recent = num_tokens - config.recent_window(num_tokens)
+    spans = merged([(0, config.sinks), (max(0, recent), num_tokens), *config.protected])
+    movable = num_tokens - sum(max(0, min(stop, num_tokens) - start) for start, stop in spans)
     return max(0, min(num_tokens - config.high_budget(num_tokens), movable)) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
@@ -85,12 +95,6 @@ def nominal_bits(config: MiKVConfig, head_dim: int) -> float:
     low = 0.0 if formats.low is None else _block_bytes(formats.low) / BLOCK_TOKENS
     share = config.importance_ratio
     return (share * high + (1 - share) * low) * 8 / (2 * head_dim)
-
-
-def _protected_positions(config: MiKVConfig, num_tokens: int) -> set[int]:
-    recent = num_tokens - config.recent_window(num_tokens)
-    spans = ((0, config.sinks), (recent, num_tokens), *config.protected)
-    return {position for start, stop in spans for position in range(max(0, start), min(stop, num_tokens))}
 
 
 def _block_bytes(formats: tuple[Format, Format]) -> int:

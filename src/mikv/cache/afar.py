@@ -63,4 +63,4 @@ def _not_before(positions: Tensor, first: list[int]) -> Tensor:
     """Which slots hold tokens from position `first` of their row on: (B, G, capacity)."""
     if min(first) == max(first):
         return positions >= first[0]
-    return positions >= torch.tensor(first, device=positions.device)[:, None, None]
+    return positions >= torch.tensor(first, dtype=torch.int64, device=positions.device)[:, None, None]

@@ -74,7 +74,7 @@ class Columns:
         """(B, num_columns) bool, True for tokens; None if there is no padding."""
         if not any(self.holes):
             return None
-        valid = torch.ones(len(self.holes), self.num_columns, dtype=torch.bool)
+        valid = torch.ones(len(self.holes), self.num_columns, dtype=torch.bool, device="cpu")
         for row, holes in enumerate(self.holes):
             for start, stop in holes:
                 valid[row, start:stop] = False

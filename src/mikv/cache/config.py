@@ -1,16 +1,20 @@
 """What a cache does, as one frozen value: `MiKVConfig` and the named presets."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from math import ceil
 from pathlib import Path
 from typing import Any, Self
 
-from mikv.cache.geometry import CacheGeometry
 from mikv.cache.layer_ranges import range_of_each, require_disjoint
+from mikv.cache.settings import is_count, is_share, is_span, merged, require_count, tuple_of
+from mikv.choices import did_you_mean, require_one_of, shown
 from mikv.errors import ConfigError
+
+logger = logging.getLogger("mikv")
 
 HIGH_FORMATS = ("exact", "fp16", "int8", "int4", "int3", "int2")
 LOW_FORMATS = ("int8", "int4", "int3", "int2", "drop")
@@ -86,12 +90,12 @@ class MiKVConfig:
         self._check_layer_settings()
 
     def _check_choices(self) -> None:
-        _require_choice("high", self.high, HIGH_FORMATS)
-        _require_choice("low_k", self.low_k, LOW_FORMATS)
-        _require_choice("low_v", self.low_v, LOW_FORMATS)
-        _require_choice("high_grid", self.high_grid, HIGH_GRIDS)
-        _require_choice("low_grid", self.low_grid, LOW_GRIDS)
-        _require_choice("key_rounding", self.key_rounding, KEY_ROUNDINGS)
+        require_one_of("high", self.high, HIGH_FORMATS)
+        require_one_of("low_k", self.low_k, LOW_FORMATS)
+        require_one_of("low_v", self.low_v, LOW_FORMATS)
+        require_one_of("high_grid", self.high_grid, HIGH_GRIDS)
+        require_one_of("low_grid", self.low_grid, LOW_GRIDS)
+        require_one_of("key_rounding", self.key_rounding, KEY_ROUNDINGS)
         if (self.low_k == "drop") != (self.low_v == "drop"):
             raise ConfigError(
                 f"low_k={self.low_k!r} with low_v={self.low_v!r}: a token is dropped with both its key and its value; "
@@ -99,41 +103,44 @@ class MiKVConfig:
             )
         for name in ("center_keys", "balance_keys", "hadamard_keys", "center_values", "hadamard_values"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+                raise ConfigError(f"{name}={shown(getattr(self, name))} must be True or False")
 
     def _check_numbers(self) -> None:
         for name in ("importance_ratio", "recent_share"):
-            if not _is_share(getattr(self, name)):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be a number between 0 and 1")
+            if not is_share(getattr(self, name)):
+                raise ConfigError(f"{name}={shown(getattr(self, name))} must be a number between 0 and 1")
         for name in ("min_recent", "sinks", "warmup_tokens"):
-            if not _is_count(getattr(self, name)):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be a whole number of tokens, 0 or more")
-        if self.group_size is not None and not (_is_count(self.group_size) and self.group_size):
-            raise ConfigError(f"group_size={self.group_size!r} must be a positive whole number of channels, or None")
+            require_count(name, getattr(self, name))
+        if self.group_size is not None and not (is_count(self.group_size) and self.group_size):
+            raise ConfigError(
+                f"group_size={shown(self.group_size)} must be a positive whole number of channels, or None"
+            )
 
     def _check_sequences(self) -> None:
-        """Lists, as JSON has them, become tuples."""
-        exponents = _tuple_of("balancer_exponents", self.balancer_exponents, _is_share, "two numbers between 0 and 1")
+        """Lists, as JSON has them, become tuples; spans are merged and ascend."""
+        exponents = tuple_of("balancer_exponents", self.balancer_exponents, is_share, "two numbers between 0 and 1")
         if len(exponents) != 2:
-            raise ConfigError(f"balancer_exponents={self.balancer_exponents!r} must be two numbers between 0 and 1")
-        spans = _tuple_of("protected", self.protected, _is_span, "a list of (start, stop) with 0 <= start < stop")
-        skipped = _tuple_of("skip_layers", self.skip_layers, _is_count, "a list of layer numbers, 0 or more")
+            raise ConfigError(f"balancer_exponents={shown(exponents)} must be two numbers between 0 and 1")
+        spans = tuple_of("protected", self.protected, is_span, "a list of (start, stop) with 0 <= start < stop")
+        skipped = tuple_of("skip_layers", self.skip_layers, is_count, "a list of layer numbers, 0 or more")
         object.__setattr__(self, "balancer_exponents", exponents)
-        object.__setattr__(self, "protected", tuple(tuple(span) for span in spans))
+        object.__setattr__(self, "protected", merged(spans))
         object.__setattr__(self, "skip_layers", skipped)
 
     def _check_policy(self) -> None:
         from mikv.cache.policies import make_policy  # PyTorch is not imported before a configuration is made
 
         if not isinstance(self.policy_options, Mapping):
-            raise ConfigError(f"policy_options={self.policy_options!r} must be a mapping of names to values")
+            raise ConfigError(f"policy_options={shown(self.policy_options)} must be a mapping of names to values")
         object.__setattr__(self, "policy_options", dict(self.policy_options))
         make_policy(self.policy, self.policy_options)
 
     def _check_layer_settings(self) -> None:
         by_range = self.layer_settings
         if not isinstance(by_range, Mapping) or not all(isinstance(value, Mapping) for value in by_range.values()):
-            raise ConfigError(f'layer_settings={by_range!r} must map layers to settings: {{"0": {{"low": "int8"}}}}')
+            raise ConfigError(
+                f'layer_settings={shown(by_range)} must map layers to settings: {{"0": {{"low": "int8"}}}}'
+            )
         object.__setattr__(self, "layer_settings", {key: dict(value) for key, value in by_range.items()})
         with _naming("layer_settings"):
             require_disjoint(by_range)
@@ -196,8 +203,11 @@ class MiKVConfig:
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises ConfigError naming any setting that does not exist."""
         known = {f.name for f in fields(cls)} | {"low"}
-        if unknown := sorted(set(settings) - known):
-            raise ConfigError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}")
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"the settings must be a mapping of names to values, got {shown(settings)}")
+        if unknown := sorted((name for name in settings if name not in known), key=shown):
+            near = did_you_mean(unknown[0], known)
+            raise ConfigError(f"unknown setting {shown(unknown[0])}; the settings are {', '.join(sorted(known))}{near}")
         return cls(**settings)
 
     @classmethod
@@ -205,7 +215,7 @@ class MiKVConfig:
         """The inverse of `to_json`. Raises ConfigError if `text` is not one JSON object of known settings."""
         try:
             settings = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers of more than 4,300 digits, and deep nesting
             raise ConfigError(f"the configuration is not valid JSON: {error}") from error
         if not isinstance(settings, dict):
             raise ConfigError(f"the configuration must be a JSON object, got {type(settings).__name__}")
@@ -225,31 +235,24 @@ class MiKVConfig:
     @classmethod
     def preset(cls, name: str) -> Self:
         """A named preset: paper-int2 | paper-int3 | paper-int4 | lossless | balanced | small."""
-        if name not in PRESETS:
-            raise ConfigError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+        if not isinstance(name, str) or name not in PRESETS:
+            near = did_you_mean(name, PRESETS)
+            raise ConfigError(f"unknown preset {shown(name)}; the presets are {', '.join(PRESETS)}{near}")
         return cls(**PRESETS[name])
 
     @classmethod
     def for_budget(cls, budget: float, model_config: Any, num_tokens: int = 4096) -> Self:
         """The best preset that takes at most `budget` of the fp16 bytes of `model_config`'s cache at `num_tokens`.
 
-        `model_config` is a transformers configuration. All bytes count, those of layers that stay uncompressed too.
-        Raises ConfigError naming the smallest preset if none fits.
+        `model_config` is a transformers configuration, `num_tokens` the length the cache will have: prompt and answer.
+        All bytes count, those of layers that stay uncompressed too. A logged line names the preset that it is.
+        Raises ConfigError naming the smallest preset if none fits, UnsupportedModelError.
         """
-        from mikv.cache.accounting import cache_bytes
+        from mikv.cache.budget import choose_preset
 
-        if not _is_share(budget) or budget == 0:
-            raise ConfigError(f"budget={budget!r} must be a share of the fp16 bytes, more than 0 and at most 1")
-        geometry = CacheGeometry.from_model_config(model_config)
-        ratios = {name: cache_bytes(cls.preset(name), geometry, num_tokens).ratio for name in BEST_FIRST}
-        for name, ratio in ratios.items():
-            if ratio <= budget:
-                return cls.preset(name)
-        smallest = min(ratios, key=lambda name: ratios[name])
-        raise ConfigError(
-            f"budget={budget:g} cannot be met with {num_tokens} tokens on this model: the smallest preset, "
-            f"{smallest!r}, takes {ratios[smallest]:.3f}; ask for budget={ratios[smallest] + 5e-4:.3f}"
-        )
+        choice = choose_preset(budget, model_config, num_tokens)
+        logger.warning("%s", choice)
+        return cls.preset(choice.preset)
 
 
 _PAPER: dict[str, Any] = {
@@ -287,26 +290,3 @@ def _naming(what: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{what}: {error}") from error
-
-
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_span(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_count, value)) and value[0] < value[1]
-
-
-def _tuple_of(name: str, value: object, is_valid: Callable[[object], bool], what: str) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)) or not all(map(is_valid, value)):
-        raise ConfigError(f"{name}={value!r} must be {what}")
-    return tuple(value)

@@ -6,6 +6,7 @@ packed    every token is in the high or the low tier; a step attends to both and
 """
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
@@ -20,7 +21,10 @@ from mikv.cache.packed import Packed
 from mikv.cache.policies import make_policy
 from mikv.cache.warm_up import ExactAttention, WarmUp
 from mikv.errors import CacheStateError, NumericsError
+from mikv.formats import too_small
 from mikv.ops import AttentionOptions
+
+logger = logging.getLogger("mikv")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -203,8 +207,18 @@ class TwoTierLayer:
             if isinstance(held.tokens, Packed):
                 held.tokens.demote(held.columns)
             elif max(held.columns.num_tokens) >= max(1, self.config.warmup_tokens):
+                self._warn_of_small(held.tokens)
                 self._held = replace(held, tokens=Packed.partition(held.tokens, held.columns))
         self._is_due = False
+
+    def _warn_of_small(self, warm_up: WarmUp) -> None:
+        for name, x in (("keys", warm_up.tokens.keys), ("values", warm_up.tokens.values)):
+            if (largest := too_small(x)) is not None:
+                logger.warning(
+                    "layer %d: a head's %s are at most %.1g, too small for scales of 16 bits, and lose much of what "
+                    "they say; keep the layer exact with skip_layers=(%d,)",
+                    *(self.layer_idx, name, largest, self.layer_idx),
+                )
 
     def hold_demotion(self) -> None:
         """From now on demote only in `crop`, so that what is appended between two crops can be taken back.
@@ -251,8 +265,8 @@ class TwoTierLayer:
             self.tokens.to(device)
 
     def bytes_by_part(self) -> dict[str, int]:
-        """All bytes allocated: `warm_up`, `high`, `low`, `scores`, `positions`, `transforms`; absent parts are 0."""
-        parts = dict.fromkeys(("warm_up", "high", "low", "scores", "positions", "transforms"), 0)
+        """All bytes allocated by part, `statistics` being what transforms are fitted on; absent parts are 0."""
+        parts = dict.fromkeys(("warm_up", "statistics", "high", "low", "scores", "positions", "transforms"), 0)
         return parts if self.tokens is None else parts | self.tokens.bytes_by_part()
 
     def tokens_by_tier(self) -> dict[str, int]:

@@ -4,16 +4,17 @@ import re
 from collections.abc import Iterable
 from itertools import pairwise
 
+from mikv.choices import shown
 from mikv.errors import ConfigError
 
-_RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+_RANGE = re.compile(r"(-?[0-9]{1,4})(?:-(-?[0-9]{1,4}))?")  # no model has 10,000 layers
 
 
 def parse_range(text: object) -> tuple[int, int]:
     """First and last layer as they are written. Raises ConfigError if `text` is no range, or one without layers."""
     match = _RANGE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
-        raise ConfigError(f"{text!r} is not a layer such as '0' or '-1', or a range such as '1-3' or '-2--1'")
+        raise ConfigError(f"{shown(text)} is not a layer such as '0' or '-1', or a range such as '1-3' or '-2--1'")
     first, last = int(match[1]), int(match[2] or match[1])
     if (first < 0) == (last < 0) and last < first:
         raise ConfigError(f"{text!r} has no layers; the first one of a range comes first")

@@ -25,7 +25,7 @@ def norms_of_tokens(keys: Tensor, values: Tensor, tokens: Tensor, transforms: Tr
 def norms_of_slots(tier: Tier, row: int, transforms: Transforms) -> Tensor:
     """|k'||v'| of what a row has in a tier, as it is stored: (G, n) float32."""
     num_heads, count = tier.scores.shape[1], tier.counts[row]
-    slots = torch.arange(count, device=tier.scores.device).expand(num_heads, -1)
+    slots = torch.arange(count, dtype=torch.int64, device=tier.scores.device).expand(num_heads, -1)
     to_basis = None if tier.transformed else transforms
     tiles = slots.split(_TILE_TOKENS, dim=1)
     return torch.cat([_norms(*unpack(tier.view, row, tile), to_basis) for tile in tiles], dim=1)

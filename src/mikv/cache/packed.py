@@ -295,7 +295,7 @@ class Packed:
     ) -> "Packed":
         """The inverse of `state` for tiers of `shape` (B, G, D). Raises KeyError or ValueError if they do not fit."""
         batch, num_heads, head_dim = shape
-        like = torch.empty(batch, num_heads, 0, head_dim, dtype=getattr(torch, meta["dtype"]))
+        like = torch.empty(batch, num_heads, 0, head_dim, dtype=getattr(torch, meta["dtype"]), device="cpu")
         size = hadamard_block_size(head_dim)
         key_transform = KeyTransform(
             center=tensors["key_transform.center"] if config.center_keys else None,

@@ -39,6 +39,7 @@ def protected_tokens(positions: Tensor, num_tokens: int, config: MiKVConfig) -> 
     """True for sinks, the recent window and the user's spans."""
     recent = num_tokens - config.recent_window(num_tokens)
     protected = (positions < config.sinks) | (positions >= recent)
-    for start, stop in config.protected:
-        protected = protected | ((positions >= start) & (positions < stop))
+    if config.protected:  # disjoint and ascending: a position within one of them has an odd number of ends before it
+        ends = torch.tensor(config.protected, dtype=positions.dtype, device=positions.device).flatten()
+        protected = protected | (torch.searchsorted(ends, positions.contiguous(), right=True) % 2 == 1)
     return protected

@@ -190,7 +190,7 @@ class RawTokens:
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
     """Entries index (G, N) of a tensor (G, T, ...): (G, N, ...)."""
-    heads = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
+    heads = torch.arange(tensor.shape[0], dtype=torch.int64, device=tensor.device)[:, None]
     return tensor[heads, index]
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mikv.arithmetic import own_arithmetic
 from mikv.cache.columns import StepMask
 from mikv.cache.config import MiKVConfig
 from mikv.cache.policies.base import ImportancePolicy
@@ -86,6 +87,7 @@ class WarmUp:
 
         return exact(keys, values), commit
 
+    @own_arithmetic
     def _observed(
         self, queries: Tensor, keys: Tensor, mask: Tensor | None, step: StepMask, options: AttentionOptions
     ) -> QueryStatistics:
@@ -137,7 +139,9 @@ class WarmUp:
 
     def bytes_by_part(self) -> dict[str, int]:
         """All bytes allocated."""
-        return {"warm_up": self.tokens.nbytes, "scores": sum(x.nbytes for x in self.statistics.tensors().values())}
+        attention = self.statistics.attention.nbytes
+        others = sum(x.nbytes for x in self.statistics.tensors().values()) - attention
+        return {"warm_up": self.tokens.nbytes, "scores": attention, "statistics": others}
 
     def tokens_by_tier(self, num_tokens: int) -> dict[str, int]:
         """Where the `num_tokens` tokens of all rows are."""

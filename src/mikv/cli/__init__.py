@@ -6,18 +6,23 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from mikv import __version__
+from mikv.choices import did_you_mean
+from mikv.cli.terminal import console, log_visibly, plain_where_unicode_ends
 from mikv.errors import MiKVError
 
 # each is a function, or a group of commands, of that name in the module of that name
 COMMANDS = ("generate", "chat", "demo", "bench", "eval", "check", "sweep", "report", "quantize", "plan", "info")
 
+# all but the usage errors of the command line itself, which typer shows
+_UNEXPECTED = (OSError, MemoryError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
+_BUGS = (AttributeError, AssertionError, ImportError)
+
 
 class Commands(TyperGroup):
-    """The subcommands, imported on demand; their MiKVErrors become one red line and exit code 2."""
+    """The subcommands, imported on demand. Their errors become one red line: a MiKVError exit code 2, any other 1."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names in the order of the help page."""
@@ -34,22 +39,40 @@ class Commands(TyperGroup):
         single.command(cmd_name)(command)
         return typer.main.get_command(single)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the first argument names."""
+        if args[0] not in COMMANDS:
+            ctx.fail(f"No such command {args[0]!r}{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program."""
+        with plain_where_unicode_ends():
+            return super().main(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except MiKVError as error:
-            print_error(error)
+            print_error(str(error))
             raise typer.Exit(2) from error
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except (*_UNEXPECTED, *_BUGS) as error:
+            if os.environ.get("MIKV_TRACEBACK"):
+                raise
+            print_error(f"{type(error).__name__}: {error}; with MIKV_TRACEBACK=1 in the environment you see where")
+            raise typer.Exit(1) from error
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_locals=False)
 
 
-def print_error(error: MiKVError) -> None:
+def print_error(error: str) -> None:
     """One red line on stderr."""
     line = " ".join(f"error: {error}".split())
-    Console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+    console(stderr=True).print(line, style="red", soft_wrap=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -73,6 +96,7 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     # OpenMP threads that spin while they wait make everything 5 times slower when another program wants the same cores
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    log_visibly()
     logging.getLogger("mikv").addFilter(_is_news)
     app()
 

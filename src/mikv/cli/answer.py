@@ -86,6 +86,7 @@ def summary(answer: Answer, cache: MiKVCache) -> str:
     memory = cache.memory()
     exact = memory.tokens_by_tier.get("warm_up")
     note = f", still exact: the first {cache.config.warmup_tokens} tokens are not rounded" if exact else ""
+    note += f" · {memory.note}" if memory.note else ""
     return (
         f"{answer.num_prompt_tokens:,} tokens read at {answer.prefill_tokens_per_second:,.0f}/s · "
         f"{answer.num_new_tokens:,} new at {answer.decode_tokens_per_second:.1f}/s · "

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mikv.cache.config import PRESETS
 from mikv.cache_names import spellings, split_names
 from mikv.cli.options import ModelOption
+from mikv.cli.terminal import console, spinner
 from mikv.models import BUNDLED_MODEL
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _write_page(page: "Page", records: Path) -> None:
 
 
 def _print_page(page: "Page") -> None:
-    console = Console(highlight=False)
+    out = console()
     table = Table(title=page.title, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
     table.add_column(page.columns[0], no_wrap=True)
     for column in page.columns[1:]:
@@ -204,18 +204,14 @@ def _print_page(page: "Page") -> None:
     for row in page.rows:
         table.add_row(*row)
     if page.rows:
-        console.print(table)
+        out.print(table)
     for line in page.skipped:
-        console.print(f"skipped: {line}", style="yellow", markup=False)
-    console.print(f"{page.circumstances}\n{page.meaning}", style="dim", markup=False)
+        out.print(f"skipped: {line}", style="yellow")
+    out.print(f"{page.circumstances}\n{page.meaning}", style="dim")
 
 
 @contextmanager
 def _spinner(quiet: bool) -> "Iterator[Callable[[str], None]]":
     """What is being measured, on stderr, if anyone is watching."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda what: None
-        return
-    with console.status("") as status:
-        yield lambda what: status.update(f"measuring {what}")
+    with spinner(quiet=quiet) as show:
+        yield lambda what: show(f"measuring {what}")

@@ -4,12 +4,13 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mikv.cache.config import PRESETS, MiKVConfig
 from mikv.cli.measuring import bar
-from mikv.cli.options import ModelOption, load_for_cli
+from mikv.cli.options import ModelOption, TrustOption, load_for_cli
+from mikv.cli.terminal import console
 from mikv.errors import ConfigError
 from mikv.models import BUNDLED_MODEL
 
@@ -17,22 +18,26 @@ if TYPE_CHECKING:
     from mikv.lab.check import Report, Verdict
 
 _WORST = 5  # layers that are named
+_MOST_MINUTES = 10_000
 
 
 def check(
     model: ModelOption = BUNDLED_MODEL,
+    trust_remote_code: TrustOption = False,
     preset: Annotated[str, typer.Option(help=f"Is this one good enough? {', '.join(PRESETS)}.")] = "balanced",
     minutes: Annotated[float, typer.Option(help="Ask as much as fits into about so many minutes.")] = 4.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Check a preset on your own model. Exit code 0: it is good enough; 1: it is not; 2: it could not be checked."""
-    if minutes < 0:
-        raise ConfigError(f"--minutes {minutes:g} must be 0 or more; with 0 every task is asked once")
+    if not 0 <= minutes <= _MOST_MINUTES:
+        raise ConfigError(
+            f"--minutes {minutes:g} must be 0 or more, and at most {_MOST_MINUTES:,}; with 0 every task is asked once"
+        )
     MiKVConfig.preset(preset)
     from mikv.lab.check import Check
 
     prepared = Check(model, preset)
-    loaded = load_for_cli(model, quiet=as_json)
+    loaded = load_for_cli(model, quiet=as_json, trust_remote_code=trust_remote_code)
     with bar(quiet=as_json) as show:
         report = prepared.run(loaded, minutes * 60, show)
     if as_json:
@@ -44,13 +49,14 @@ def check(
 
 
 def _print(report: "Report") -> None:
-    console = Console(highlight=False)
-    console.print(_findings_table(report))
-    console.print("each: value / limit, compared with the full cache on the same samples", style="dim")
-    console.print()
-    console.print(_bytes_table(report))
+    out = console()
+    out.print(_findings_table(report))
+    out.print("each: value / limit, compared with the full cache on the same samples", style="dim")
+    out.print(_criteria(report), style="dim", soft_wrap=True)
+    out.print()
+    out.print(_bytes_table(report))
     for line in (*_notes(report), _conclusion(report)):
-        console.print(line, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
 
 
 def _findings_table(report: "Report") -> Table:
@@ -67,15 +73,25 @@ def _findings_table(report: "Report") -> Table:
     return table
 
 
-def _cell(verdict: "Verdict", index: int) -> str:
+def _criteria(report: "Report") -> str:
+    from mikv.lab.check import criteria_of
+
+    limits = criteria_of(report.preset)
+    return (
+        f"all presets are held to the criteria of {report.preset}: KL at most {limits.kl_mean:g}, the same prediction "
+        f"(top-1) for {limits.top1_agreement:.0%} of the tokens, at most {limits.score_loss:.0%} of a score lost"
+    )
+
+
+def _cell(verdict: "Verdict", index: int) -> Text:
     """The value and its limit."""
     if verdict.skipped is not None:
-        return "-"
+        return Text("-")
     finding = verdict.findings[index]
     color = "green" if finding.passed else "red"
     if finding.criterion == "KL":
-        return f"[{color}]{finding.value:.4f}[/] / {finding.limit:g}"
-    return f"[{color}]{finding.value:.1%}[/] / {finding.limit:.0%}"
+        return Text.assemble((f"{finding.value:.4f}", color), f" / {finding.limit:g}")
+    return Text.assemble((f"{finding.value:.1%}", color), f" / {finding.limit:.0%}")
 
 
 def _bytes_table(report: "Report") -> Table:
@@ -130,7 +146,7 @@ def _conclusion(report: "Report") -> str:
         f"PASS: {verdict.preset} meets all of its criteria" if verdict.passed else f"FAIL: {verdict.preset}: {reasons}"
     )
     if report.recommended is None:
-        lines.append("recommended: none of these presets; keep the full cache")
+        lines.append(f"recommended: none of these presets meets the criteria of {report.preset}; keep the full cache")
     else:
-        lines.append(f"recommended: {report.recommended}, the smallest that meets its own criteria")
+        lines.append(f"recommended: {report.recommended}, the smallest that meets the criteria of {report.preset}")
     return "\n".join(lines)

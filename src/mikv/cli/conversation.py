@@ -1,24 +1,25 @@
-"""A conversation over one cache that lives through all turns. Knows messages, token ids and files; prints nothing.
+"""A conversation over one cache that lives through all turns. Knows messages and token ids; prints nothing.
 
 `token_ids` is all that was said. The cache holds a beginning of it; whatever it lacks is fed with the next turn.
 """
 
-import hashlib
-import json
-import os
+import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from mikv.atomic_file import write_file
 from mikv.cache.config import MiKVConfig
 from mikv.cache.geometry import context_length
 from mikv.chat_template import Message, next_turn_ids, require_chat_template
+from mikv.cli import conversation_file
 from mikv.cli.answer import Answer, AnswerOptions, answer
-from mikv.errors import CheckpointError, ConfigError
+from mikv.cli.model_fingerprint import fingerprint
+from mikv.cli.progress import Stopped
+from mikv.errors import CacheStateError, CheckpointError, ConfigError
 from mikv.integrations.transformers import MiKVCache
 from mikv.models import LoadedModel
 
-FORMAT_VERSION = 1
+logger = logging.getLogger("mikv")
 
 
 class Conversation:
@@ -33,7 +34,14 @@ class Conversation:
         """Forget everything that was said."""
         self.messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         self.token_ids: list[int] = []
-        self.cache = MiKVCache(self.loaded.model.config, self.config)
+        self._cache: MiKVCache | None = None
+
+    @property
+    def cache(self) -> MiKVCache:
+        """An empty one if the former broke: the next turn then feeds everything anew."""
+        if self._cache is None:
+            self._cache = MiKVCache(self.loaded.model.config, self.config)
+        return self._cache
 
     @property
     def system(self) -> str | None:
@@ -53,14 +61,18 @@ class Conversation:
         """
         token_ids = self.next_token_ids(text)
         options = self._within_context(options, len(token_ids))
+        cache, num_cached = self.cache, self.cache.get_seq_length()
+        self._cache = None  # until it is known to be whole, whatever interrupts this and wherever
         try:
-            result = answer(self.loaded, token_ids, self.cache, options)
-        except BaseException:
-            # some layers may have stored the new tokens and others not: read everything anew in the next turn
-            self.cache = MiKVCache(self.loaded.model.config, self.config)
+            result = answer(self.loaded, token_ids, cache, options)
+        except Stopped:
+            self._cache = _taken_back(cache, num_cached)
             raise
-        self.token_ids = [*token_ids, *result.token_ids]
-        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": result.text}]
+        except CacheStateError:  # left broken by a step before: read everything anew, once
+            cache = MiKVCache(self.loaded.model.config, self.config)
+            result = answer(self.loaded, token_ids, cache, options)
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": result.text}]
+        self._cache, self.messages, self.token_ids = cache, self.messages + messages, [*token_ids, *result.token_ids]
         return result
 
     def _within_context(self, options: AnswerOptions, num_tokens: int) -> AnswerOptions:
@@ -75,70 +87,51 @@ class Conversation:
         return replace(options, max_new_tokens=min(options.max_new_tokens, longest - num_tokens))
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
-        """Write the cache to `path` and the words to `path`.json. Raises CheckpointError if one of them exists."""
-        words = _words_path(path)
-        if words.exists() and not overwrite:
-            raise CheckpointError(f"{words} exists; overwrite it or choose another name")
+        """Write words and cache to one file that only its owner can read, all or nothing.
+
+        Raises CheckpointError if it exists and `overwrite` is False, or cannot be written.
+        """
         record = {
-            "version": FORMAT_VERSION,
             "model": self.loaded.name,
-            "fingerprint": _fingerprint(self.loaded),
+            "fingerprint": fingerprint(self.loaded.model),
             "messages": self.messages,
             "token_ids": self.token_ids,
             "cached_tokens": self.cache.get_seq_length(),
         }
-        self.cache.save(path, overwrite=overwrite)
-        temporary = words.with_name(f".{words.name}.{os.getpid()}.partial")
-        try:
-            temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-            temporary.replace(words)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+        def write(temporary: Path) -> None:
+            cache = temporary.with_name("cache")
+            self.cache.save(cache)
+            conversation_file.add_words(cache, temporary, record)
+
+        write_file(path, write, overwrite=overwrite)
 
     def load(self, path: Path) -> None:
-        """Continue what `save` wrote.
+        """Continue what `save` wrote; of a conversation in two files, as older versions wrote, only the words.
 
         Raises CheckpointError, changing nothing, if it is damaged or was saved with other weights.
         """
-        record = _read_words(_words_path(path))
-        if record["fingerprint"] != _fingerprint(self.loaded):
+        words = conversation_file.read_words(path, self.loaded.model.get_input_embeddings().num_embeddings)
+        if words.token_ids is None:
+            self.messages, self.token_ids, self._cache = words.messages, [], None
+            return
+        if words.fingerprint != fingerprint(self.loaded.model):
             raise CheckpointError(
-                f"{path} was saved from the model {record['model']!r}, this is {self.loaded.name!r} with other weights"
+                f"{path} was saved from the model {words.model!r}, this is {self.loaded.name!r} with other weights"
             )
         cache = MiKVCache.load(path, self.loaded.model.config)
-        if cache.get_seq_length() != record["cached_tokens"] or record["cached_tokens"] > len(record["token_ids"]):
-            raise CheckpointError(f"{path} and {_words_path(path)} do not belong together")
-        self.messages, self.token_ids = record["messages"], record["token_ids"]
-        self.cache, self.config = cache, cache.config
+        if cache.get_seq_length() != words.cached_tokens:
+            raise CheckpointError(f"the words and the cache in {path} do not belong together")
+        self.messages, self.token_ids, self._cache, self.config = words.messages, words.token_ids, cache, cache.config
 
 
-def _words_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
-def _read_words(path: Path) -> dict[str, Any]:
+def _taken_back(cache: MiKVCache, num_tokens: int) -> MiKVCache | None:
+    """The cache as it was when it held its first `num_tokens`; None, to read them anew, if anything is in doubt."""
+    if num_tokens == 0:
+        return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["version"] > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path} has format version {record['version']}, this mikv reads up to {FORMAT_VERSION}; update mikv"
-            )
-        words = [message[part] for message in record["messages"] for part in ("role", "content")]
-        numbers = [*record["token_ids"], record["cached_tokens"]]
-        names = [record["model"], record["fingerprint"]]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not a saved conversation: {error!r}") from error
-    if not all(isinstance(word, str) for word in [*words, *names]) or not all(isinstance(n, int) for n in numbers):
-        raise CheckpointError(f"{path} is not a saved conversation: a value has the wrong type")
-    return record
-
-
-def _fingerprint(loaded: LoadedModel) -> str:
-    """Recognises a model by a few rows of its embeddings: a cache means nothing to other weights."""
-    weights = loaded.model.get_input_embeddings().weight
-    rows = weights[:: max(1, len(weights) // 16)].detach().float().cpu().numpy()
-    return hashlib.sha256(rows.tobytes()).hexdigest()[:16]
+        cache.crop(num_tokens - max(layer.get_seq_length() for layer in cache.layers))
+    except Exception as error:  # tokens were demoted, or slid out of a window, or a layer knows no lengths
+        logger.debug("reading the conversation anew: %s", error)
+        return None
+    return cache if {layer.get_seq_length() for layer in cache.layers} == {num_tokens} else None

@@ -4,12 +4,12 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from mikv.cli.options import ModelOption, load_for_cli
+from mikv.cli.terminal import console
 from mikv.models import BUNDLED_MODEL, find_model
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def demo(
         TextColumn("{task.description}"),
         BarColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console(stderr=True),
         transient=True,
         disable=as_json,
     )
@@ -44,15 +44,16 @@ def demo(
 
         result = run_demo(loaded.name, loaded.model, loaded.tokenizer, on_progress=show)
     if as_json:
-        print(json.dumps(result.to_dict()))
+        typer.echo(json.dumps(result.to_dict()))
         return
-    console = Console(highlight=False)
-    console.print(f"\n{result.model}, a prompt of {result.prompt_tokens:,} tokens. Early in it:\n  [italic]{FACT}[/]")
-    console.print(f"Asked at its end: [italic]{QUESTION}[/]\n")
+    out = console()
+    out.print(f"\n{result.model}, a prompt of {result.prompt_tokens:,} tokens. Early in it:")
+    out.print(f"  {FACT}", style="italic")
+    out.print("Asked at its end:", Text(QUESTION, "italic"), end="\n\n")
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    console.print(_answers(result.rows))
-    console.print(_table(result.rows))
-    console.print(
+    out.print(_answers(result.rows))
+    out.print(_table(result.rows))
+    out.print(
         "MiB: all that is allocated, scales and bookkeeping included.\n"
         "of fp16: its share of what the same keys and values take in 16-bit floats;\n"
         f"         the full cache is in the model's own {dtype}.\n"
@@ -65,8 +66,8 @@ def demo(
 def _answers(rows: "tuple[DemoRow, ...]") -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for row in rows:
-        mark = "[green]✓[/]" if row.correct else "[red]✗[/]"
-        table.add_row(row.cache, mark, Text(" ".join(row.answer.split())))
+        mark = Text("✓", "green") if row.correct else Text("✗", "red")
+        table.add_row(row.cache, mark, " ".join(row.answer.split()))
     return table
 
 

@@ -6,22 +6,26 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mikv.cache_names import spellings
 from mikv.cli.measuring import bar, command_line, interruptible, on_sample
 from mikv.cli.options import ModelOption
+from mikv.cli.terminal import console
 from mikv.models import BUNDLED_MODEL
 from mikv.records import Record, require_writable
 
+TASKS = (  # known without PyTorch
+    *("line-retrieval", "passkey", "needle", "variable-tracking", "multi-key", "multi-turn", "system-prompt"),
+    *("humaneval", "text"),
+)
 DEFAULT_CACHES = ("full", "mikv:balanced")
 
 
 def eval(
     tasks: Annotated[
         list[str],
-        typer.Argument(metavar="TASK...", help="NAME or NAME:option=value,option=value. A wrong one lists all."),
+        typer.Argument(metavar="TASK...", help=f"NAME or NAME:option=value,option=value, of {', '.join(TASKS)}."),
     ],
     model: ModelOption = BUNDLED_MODEL,
     caches: Annotated[
@@ -97,17 +101,17 @@ def eval(
 
 def _print(records: Sequence[Record]) -> None:
     """A table per task; then what was skipped and what the columns mean."""
-    console = Console(highlight=False)
+    out = console()
     for task in dict.fromkeys(record["task"] for record in records):
-        console.print(_table(task, [record for record in records if record["task"] == task]))
-        console.print()
+        out.print(_table(task, [record for record in records if record["task"] == task]))
+        out.print()
     for record in records:
         if record["skipped"] is not None:
             line = f"skipped: {record['task']} through {record['cache']}: {record['skipped']}"
-            console.print(line, style="yellow", markup=False, soft_wrap=True)
+            out.print(line, style="yellow", soft_wrap=True)
     reference = records[0]["reference"]
     against = "the full cache" if reference is None else f"{reference} with the full cache"
-    console.print(
+    out.print(
         "score: from 0 to 1 ± its standard error\n"
         "of fp16: all bytes of the cache as a share of the full cache in 16-bit floats\n"
         f"KL, top-1: distance to {against}, over given tokens read through the cache",

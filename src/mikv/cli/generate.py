@@ -1,12 +1,12 @@
 """`mikv generate`: one prompt, one answer, and what its cache took."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from mikv.cli.options import (
     BudgetOption,
@@ -20,6 +20,7 @@ from mikv.cli.options import (
     TemperatureOption,
     load_for_cli,
 )
+from mikv.cli.terminal import console, writer
 from mikv.errors import ConfigError
 from mikv.models import BUNDLED_MODEL, find_model
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from mikv.cli.answer import Answer
     from mikv.integrations.transformers import MiKVCache
     from mikv.models import LoadedModel
+
+_MOST_BYTES = 64 << 20  # of a prompt; a device such as /dev/zero has no end
 
 
 def generate(
@@ -63,7 +66,6 @@ def generate(
     from mikv.integrations.transformers import MiKVCache
 
     loaded = load_for_cli(model, quiet=as_json)
-    cache = MiKVCache(loaded.model.config, choice.for_model(loaded.model.config))
     token_ids = _prompt_ids(loaded, text, system, raw)
     longest = context_length(loaded.model.config)
     if longest is not None and len(token_ids) + max_new_tokens > longest:
@@ -71,16 +73,17 @@ def generate(
             f"a prompt of {len(token_ids):,} tokens and {max_new_tokens:,} new ones are more than the {longest:,} that "
             f"{model} was trained for; shorten the prompt or lower --max-new-tokens"
         )
+    cache = MiKVCache(loaded.model.config, choice.for_model(loaded.model.config, len(token_ids) + max_new_tokens))
     if seed is not None:
         torch.manual_seed(seed)
-    options = AnswerOptions(max_new_tokens, temperature, on_text=_ignore if as_json else _write)
+    options = AnswerOptions(max_new_tokens, temperature, on_text=_ignore if as_json else writer())
     with prefill_bar(loaded.model, len(token_ids), quiet=as_json):
         result = answer(loaded, token_ids, cache, options)
     if as_json:
-        typer.echo(json.dumps(_record(model, result, cache, layers), ensure_ascii=False))
+        typer.echo(json.dumps(_record(model, result, cache, layers)))
     else:
         typer.echo()
-        Console(stderr=True).print(summary(result, cache), style="dim", highlight=False, soft_wrap=True)
+        console(stderr=True).print(summary(result, cache), style="dim", soft_wrap=True)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -89,13 +92,18 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     source = prompt_file or "on stdin"
     try:
         if prompt_file is not None:
-            text = prompt_file.read_text(encoding="utf-8")
+            with prompt_file.open("rb") as file:
+                data = file.read(_MOST_BYTES + 1)
         else:
-            text = sys.stdin.read() if prompt == "-" else prompt or ""
-    except OSError as error:
-        raise ConfigError(f"cannot read the prompt {source}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+            data = sys.stdin.buffer.read(_MOST_BYTES + 1) if prompt == "-" else os.fsencode(prompt or "")
+        text = data.decode("utf-8")
+    except UnicodeError as error:
         raise ConfigError(f"the prompt {source} is not UTF-8 text: {error}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the prompt {source}: {reason}") from error
+    if len(data) > _MOST_BYTES:
+        raise ConfigError(f"the prompt {source} is longer than {_MOST_BYTES >> 20} MiB, which no model reads at once")
     if not text.strip():
         raise ConfigError("there is no prompt; give PROMPT, --prompt-file FILE, or - and the text on stdin")
     return text
@@ -125,10 +133,6 @@ def _record(model: str, answer: "Answer", cache: "MiKVCache", layers: bool) -> d
         "config": cache.config.to_dict(),
         "memory": memory,
     }
-
-
-def _write(text: str) -> None:
-    typer.echo(text, nl=False)
 
 
 def _ignore(_: str) -> None:

@@ -9,10 +9,10 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mikv.cache.config import PRESETS, MiKVConfig
+from mikv.cli.terminal import console
 from mikv.errors import MiKVError
 from mikv.gguf_model import cache_dir, converted_folder, is_complete
 from mikv.models import BUNDLED_MODEL, bundled_model_file
@@ -39,9 +39,9 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    console = Console(highlight=False)
-    console.print(_facts_table(facts))
-    console.print(_presets_table(facts["presets"]))
+    out = console()
+    out.print(_facts_table(facts))
+    out.print(_presets_table(facts["presets"]))
 
 
 def collect() -> dict[str, Any]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mikv.cli.terminal import console, visible
 
 if TYPE_CHECKING:
     from mikv.lab.evaluate import Finished, OnSample
@@ -30,15 +31,15 @@ def command_line(words: Sequence[str], options: Mapping[str, Any]) -> str:
 @contextmanager
 def bar(quiet: bool) -> Iterator[Show]:
     """A bar on stderr, if anyone is watching: what is done, how much there is, how long it will take."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console, transient=True)
-    progress.disable = quiet or not console.is_terminal
+    err = console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=err, transient=True)
+    progress.disable = quiet or not err.is_terminal
     with progress:
         row = progress.add_task("loading the model", total=None)
 
         def show(what: str, done: int, total: int) -> None:
-            progress.update(row, description=what, completed=done, total=total)
+            progress.update(row, description=visible(what), completed=done, total=total)
 
         yield show
 
@@ -61,5 +62,5 @@ def interruptible(out: Path | None) -> Iterator[None]:
         how = "nothing was kept; with --out FILE.jsonl a run can be continued"
         if out is not None:
             how = "the same command continues where it stopped"
-        Console(stderr=True).print(f"interrupted: {how}", style="yellow", highlight=False, soft_wrap=True)
+        console(stderr=True).print(f"interrupted: {how}", style="yellow", soft_wrap=True)
         raise typer.Exit(_INTERRUPTED) from None

@@ -19,5 +19,7 @@ def memory_table(memory: MemoryReport) -> RenderableType:
         tiers = {name.replace("_", "-"): count for name, count in compressed[0].tokens_by_tier.items() if count}
         held = ", ".join(f"{count:,} {name}" for name, count in tiers.items()) or "none"
         lines.append(f"tokens in each of {len(compressed)} compressed layers: {held}")
+    if memory.note:
+        lines.append(memory.note)
     lines += [f"layer {layer} is not compressed: {reason}" for layer, reason in memory.skipped.items()]
     return Group(table, *lines)

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from mikv.cli import terminal
 from mikv.errors import ConfigError
 
 if TYPE_CHECKING:
     from mikv.plan.plan import Plan
+
+_GAP = 2  # between two columns
 
 
 def plan(
@@ -100,20 +102,33 @@ def _print(facts: Mapping[str, Any], plans: Sequence["Plan"], with_constants: bo
     """The devices, a column per plan, notes, constants."""
     from mikv.plan.tables import plan_rows
 
-    console = Console(highlight=False)
+    console = terminal.console()
     console.print(
         f"{facts['model']} on {facts['device']}: {facts['memory_bytes_per_gpu'] / 2**30:.0f} GiB, "
         f"{facts['gbps']:,.0f} GB/s, {facts['tflops']:.3g} TFLOPS\n"
         f"batch {facts['batch']}, {facts['context']:,} tokens each; every number is an estimate",
         markup=False,
     )
-    console.print(_table(("", *(one.name for one in plans)), plan_rows(plans)))
+    columns, rows = ("", *(one.name for one in plans)), plan_rows(plans)
+    for part in _parts(columns, rows, console.width):
+        console.print(_table([columns[i] for i in part], [[row[i] for i in part] for row in rows]))
     for note in dict.fromkeys(note for one in plans for note in one.notes()):
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     if with_constants:
         console.print(_constants_table(facts["constants"]))
     else:
         console.print("--constants lists what is assumed, with sources; --efficiency changes it", style="dim")
+
+
+def _parts(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """Which columns stand side by side in `width` characters; the first one, of names, stands in each part."""
+    widths = [max(map(len, (column, *(row[i] for row in rows)))) for i, column in enumerate(columns)]
+    parts: list[list[int]] = []
+    for i, own in enumerate(widths[1:], 1):
+        if not parts or sum(widths[j] + _GAP for j in parts[-1]) + own > width:
+            parts.append([0])
+        parts[-1].append(i)
+    return parts
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
@@ -146,7 +161,7 @@ def _show_claims(model: str | None, plot: Path | None, as_json: bool) -> None:
         records = [claim_record(one) for one in found] + [published_record(row) for row in published]
         typer.echo(json.dumps({"estimate": True, "rows": records, "findings": findings(found)}))
         return
-    console = Console(highlight=False)
+    console = terminal.console()
     console.print(_table(*claim_table(found), "nuQmm's claim, GPT-3 175B on A100-80: how many times less"))
     for finding in findings(found):
         console.print(f"- {finding}", markup=False)

@@ -1,34 +1,45 @@
-"""What a person sees on stderr while a long prompt is read: a bar that counts layers."""
+"""While a prompt is read, layer by layer: a bar on stderr if it is long, and places where it can be stopped."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mikv.cli.terminal import console
 
 LONG_PROMPT = 1024  # tokens; shorter ones are read before a bar would be noticed
 
 
+class Stopped(KeyboardInterrupt):
+    """Reading was stopped between two layers, none of which is in the middle of anything."""
+
+
 @contextmanager
-def prefill_bar(model: Any, num_tokens: int, *, quiet: bool = False) -> Iterator[None]:
+def prefill_bar(
+    model: Any, num_tokens: int, *, quiet: bool = False, stop: Callable[[], bool] | None = None
+) -> Iterator[None]:
     """Show how many layers have read a prompt of `num_tokens`, if it is long; gone as soon as the first token is there.
 
-    The prompt is fed at once: fed in pieces, all but the first would attend to the packed cache.
+    The prompt is fed at once: fed in pieces, all but the first would attend to the packed cache. Raises Stopped out of
+    the model, between two of its layers, as soon as `stop` says so.
     """
-    console = Console(stderr=True)
+    err = console(stderr=True)
     layers = _decoder_layers(model)
-    if quiet or num_tokens <= LONG_PROMPT or not layers or not console.is_terminal:
+    is_hidden = quiet or num_tokens <= LONG_PROMPT or not err.is_terminal
+    if not layers or (is_hidden and stop is None):
         yield
         return
-    columns = (TextColumn("[dim]reading {task.fields[tokens]:,} tokens"), BarColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=console, transient=True)
+    columns = (TextColumn("reading {task.fields[tokens]:,} tokens", style="dim"), BarColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=err, transient=True, disable=is_hidden)
     task = bar.add_task("", total=len(layers), tokens=num_tokens)
 
     def advance(*_: Any) -> None:
         bar.advance(task)
         if bar.finished:
             finish()
+        elif stop is not None and stop():
+            raise Stopped
 
     handles = [layer.register_forward_hook(advance) for layer in layers]
 

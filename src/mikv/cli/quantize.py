@@ -1,16 +1,15 @@
 """`mikv quantize`: a model with binary-coded weights in a new folder, which every command takes as --model."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mikv.cli.measuring import bar, command_line
 from mikv.cli.quantize_order import Order
+from mikv.cli.quantize_place import Place, workplace
+from mikv.cli.quantize_stop import note, saying_what_is_kept
 from mikv.errors import ConfigError
 from mikv.records import require_writable
 
@@ -33,8 +32,9 @@ def quantize(
     method: Annotated[
         str,
         typer.Option(
-            help="How codings are found: auto, one of mikv.weights.solve.METHODS, or import: those of a GGUF file's "
-            "Q4_0 and Q4_1 matrices, or of a folder quantized by GPTQ or AWQ."
+            help="How codings are found: auto (refined with calibration, offset without), rtn, greedy, alternating, "
+            "offset, gptq, gptq-bcq, refined, refined-uniform; or import: those of a GGUF file's Q4_0 and Q4_1 "
+            "matrices, or of a folder quantized by GPTQ or AWQ."
         ),
     ] = "auto",
     calibration: Annotated[
@@ -49,27 +49,54 @@ def quantize(
         bool,
         typer.Option("--embeddings/--no-embeddings", help="Also quantize the token embedding and the output head."),
     ] = False,
+    skipped: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--modules-to-not-convert",
+            "--skip-modules",
+            help="Layers that stay as they are, separated by commas: full names with all below them, or ends of names, "
+            "such as model.vision_tower or experts.",
+        ),
+    ] = None,
     nested: Annotated[
         bool, typer.Option("--nested", help="Also keep scales for reading the same weights with fewer bits, down to 2.")
     ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Compute, and keep what is not quantized, in float32, bfloat16 or float16. [default: own]"),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads to compute with.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the error of every layer into this .png file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUT if there is one.")] = False,
 ) -> None:
-    """Quantize a model's weights to a few bits, and write it as a folder."""
+    """Quantize a model's weights to a few bits, and write it as a folder.
+
+    What is finished is kept beside OUT until the model stands: after an interruption the same command goes on.
+    """
     from mikv.bench import machine
 
     group_size = group_size or ("32" if method == "import" else "128")
     options = {"--bits": bits, "--group-size": group_size, "--method": method, "--calibration": calibration}
     options |= {"--budget-bits": budget_bits, "--embeddings": embeddings or None, "--nested": nested or None}
-    order = Order(model, out, _config(bits, group_size, method, embeddings, nested), calibration, budget_bits)
-    order.require_possible(overwrite)
+    options |= {"--modules-to-not-convert": ",".join(skipped or []) or None, "--dtype": dtype}
+    config = _config(bits, nested, group_size, skipped or [], method=method, quantize_embeddings=embeddings)
+    order = Order(model, config, calibration, budget_bits, dtype)
+    source = order.require_possible()
+    place = Place.open(out, source if isinstance(source, Path) else None, overwrite=overwrite)
     _require_plot(plot)
     with machine.threads(threads):
         command = command_line(["mikv", "quantize", model, str(out)], options | {"--threads": threads})
-        with _new_folder(out) as folder, bar(quiet=as_json) as show:
-            result = machine.circumstances(command) | order.carry_out(folder, show)
+        fingerprint = order.fingerprint(source)
+        work = place.work(fingerprint)
+        order.require_room(source, place, work)
+        with saying_what_is_kept(work), bar(quiet=as_json) as show, workplace(place, fingerprint):
+            result = machine.circumstances(command) | order.carry_out(work, place, show)
+            place.publish(work, overwrite=overwrite)
+    for other in place.others(work):
+        note(
+            f"{other} has unfinished work for {out} with other settings; delete it if you do not want to go on with it"
+        )
     if plot is not None:
         from mikv.cli.quantize_page import draw
 
@@ -82,7 +109,7 @@ def quantize(
         show_tables(result)
 
 
-def _config(bits: int, group_size: str, method: str, embeddings: bool, nested: bool) -> "BCQConfig":
+def _config(bits: int, nested: bool, group_size: str, skipped: list[str], **settings: Any) -> "BCQConfig":
     """Raises ConfigError."""
     from mikv.integrations.quantizer import BCQConfig
     from mikv.plan.weight_formats import parse_group_size
@@ -95,9 +122,9 @@ def _config(bits: int, group_size: str, method: str, embeddings: bool, nested: b
     return BCQConfig(
         bits=bits,
         group_size=parse_group_size(group_size),
-        method=method,
-        quantize_embeddings=embeddings,
+        modules_to_not_convert=[name.strip() for names in skipped for name in names.split(",")] or None,
         nested_bits=PRECISIONS[:-1] if nested else (),
+        **settings,
     )
 
 
@@ -108,15 +135,3 @@ def _require_plot(plot: Path | None) -> None:
         from mikv.bench.plots import require_matplotlib
 
         require_matplotlib()
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end; after an error nothing is left of it."""
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
-        folder = Path(place, "new")
-        folder.mkdir()
-        yield folder
-        if out.exists():
-            out.rename(Path(place, "old"))
-        folder.rename(out)

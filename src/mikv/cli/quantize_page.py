@@ -9,8 +9,9 @@ from statistics import fmean
 from textwrap import fill
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from mikv.cli import terminal
 
 Layer = Mapping[str, Any]
 
@@ -25,7 +26,7 @@ _MEANING = {
 
 def show_tables(result: Mapping[str, Any]) -> None:
     """Print the tables and where the model is."""
-    console, layers = Console(highlight=False), result["layers"]
+    console, layers = terminal.console(), result["layers"]
     title = f"{result['model']} by {result['method']}, {result['bits_per_weight']:.2f} bits per weight with scales"
     console.print(title, style="italic", soft_wrap=True)
     table = Table(box=None, pad_edge=False)

@@ -50,7 +50,8 @@ def report(
     if not overwrite:
         _require_new([html, *pictures])
     map_of = None if plan is None else _read_prompt(plan)
-    html.write_text(page(found, map_of, [path.name for path in records], date.today()), encoding="utf-8")
+    # a name that is not UTF-8 can be in a record, and of a file
+    html.write_bytes(page(found, map_of, [path.name for path in records], date.today()).encode("utf-8", "replace"))
     if png is not None:
         draw(found, map_of, png)
     typer.echo("\n".join(map(str, [html, *pictures])))

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from mikv.cache.config import HIGH_FORMATS
 from mikv.cli.measuring import bar, command_line, interruptible, on_sample
 from mikv.cli.options import ModelOption
+from mikv.cli.terminal import console
 from mikv.errors import ConfigError
 from mikv.models import BUNDLED_MODEL
 from mikv.records import Record, require_writable
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mikv.lab.evaluate import Finished, OnSample
     from mikv.lab.sweep import Arm, Choice, Outcome, Sweep
 
+POLICIES = ("far", "h2o", "key_norm", "normalized", "random", "recency", "snapkv", "window")  # known without PyTorch
 _ESTIMATE_AFTER = 10.0  # seconds of measuring, and five results
 _LEAST_RESULTS = 5
 
@@ -32,13 +34,15 @@ def sweep(
     ratios: Annotated[str, typer.Option(help="Importance ratios; uniform caches, with 0, are added.")] = (
         "0.05,0.08,0.12,0.2"
     ),
-    high: Annotated[str, typer.Option(help="Formats of the high tier.")] = "int8,int4",
+    high: Annotated[str, typer.Option(help=f"Formats of the high tier, of {', '.join(HIGH_FORMATS)}.")] = "int8,int4",
     low: Annotated[str, typer.Option(help="Bits of keys and values in the low tier.")] = "K4V4,K4V3,K3V3,K3V2,K2V2",
     transforms: Annotated[
         str | None, typer.Option(help="Of all, no-centering, no-balancer, no-hadamard, none. [default: as --base]")
     ] = None,
     roundings: Annotated[str | None, typer.Option(help="Of feedback, nearest. [default: as --base]")] = None,
-    policies: Annotated[str | None, typer.Option(help="Importance policies by name. [default: as --base]")] = None,
+    policies: Annotated[
+        str | None, typer.Option(help=f"Importance policies, of {', '.join(POLICIES)}. [default: as --base]")
+    ] = None,
     layers: Annotated[
         str,
         typer.Option(
@@ -49,7 +53,11 @@ def sweep(
     base: Annotated[str, typer.Option(help="The cache that has all other settings.")] = "mikv:balanced",
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--task", help="What to measure on; repeat it for more. [default: prose and code, split tune]"),
+        typer.Option(
+            "--task",
+            help="What to measure on, such as text:kind=code (mikv eval --help lists all); repeat it for more. "
+            "[default: prose and code, split tune]",
+        ),
     ] = None,
     also: Annotated[
         list[str] | None, typer.Option("--cache", help="A cache to measure besides, such as kivi2; repeat it for more.")
@@ -145,8 +153,8 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 
 def _announced(prepared: "Sweep", show: "Show", quiet: bool) -> "OnSample":
     """Say how much there is to measure, and how long it will take as soon as that is known; then only the bar."""
-    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-    console.print(prepared.extent)
+    err = console(stderr=True, quiet=quiet)
+    err.print(prepared.extent, soft_wrap=True)
     show_finished = on_sample(show)
     started = 0.0
     is_said = False
@@ -159,7 +167,7 @@ def _announced(prepared: "Sweep", show: "Show", quiet: bool) -> "OnSample":
             started, is_said = now, False
         elif not is_said and done > _LEAST_RESULTS and now - started > _ESTIMATE_AFTER:
             seconds = (now - started) / (done - 1) * (total - done)
-            console.print(f"{total:,} readings to do; about {ceil(seconds / 60)} min more at this speed")
+            err.print(f"{total:,} readings to do; about {ceil(seconds / 60)} min more at this speed", soft_wrap=True)
             is_said = True
 
     return estimate
@@ -172,7 +180,7 @@ def _write_page(path: Path, prepared: "Sweep", own: "Outcome", out: Path | None)
 
     others, left_out = prepared.other_outcomes([] if out is None else read_eval_records([out]).records, own)
     for model, reason in left_out.items():
-        Console(stderr=True).print(f"{path} leaves out {model}: {reason}", style="yellow", markup=False, soft_wrap=True)
+        console(stderr=True).print(f"{path} leaves out {model}: {reason}", style="yellow", soft_wrap=True)
     path.write_text(page(prepared.plan, [own, *others], prepared.command), encoding="utf-8")
 
 
@@ -187,15 +195,15 @@ def _to_dict(outcome: "Outcome", tokens: int, records: Sequence[Record]) -> dict
 
 
 def _print(outcome: "Outcome", tokens: int, records: Sequence[Record]) -> None:
-    console = Console(highlight=False)
-    console.print(_arms_table(outcome, tokens))
-    console.print()
-    console.print(_choices_table(outcome.choices))
+    out = console()
+    out.print(_arms_table(outcome, tokens))
+    out.print()
+    out.print(_choices_table(outcome.choices))
     best = [arm for choice in outcome.choices for arm in (choice.best, choice.uniform) if arm is not None]
     for label, cache in {arm.label: arm.cache for arm in best}.items():
-        console.print(f"{label}: {cache}", style="dim", markup=False, soft_wrap=True)
+        out.print(f"{label}: {cache}", style="dim", soft_wrap=True)
     for reason in sorted({record["skipped"] for record in records if record["skipped"] is not None}):
-        console.print(f"skipped: {reason}", style="yellow", markup=False, soft_wrap=True)
+        out.print(f"skipped: {reason}", style="yellow", soft_wrap=True)
 
 
 def _arms_table(outcome: "Outcome", tokens: int) -> Table:

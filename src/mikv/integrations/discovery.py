@@ -1,14 +1,15 @@
 """Makes transformers find mikv's quantizer in a saved model, without importing transformers for it.
 
-transformers has no plugins: a `quant_method` that it does not know is skipped with a warning, and the model comes out
-with random weights. So `import mikv` leaves a note, which is read as soon as transformers' registry is there.
+transformers has no plugins: a `quant_method` that it does not know is skipped with a warning. So `import mikv` leaves a
+note, which is read as soon as transformers' registry is there. Without `import mikv` the folder is refused by the shape
+of a tensor, see `BCQQuantizer`.
 """
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -27,19 +28,21 @@ def announce() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the registry as Python does, and registers once it has been imported."""
+    """Lets the others find the registry, and registers once it has been executed; a mere look changes nothing."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _REGISTRY:
             return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
                 _register(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

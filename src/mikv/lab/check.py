@@ -50,6 +50,7 @@ class Criteria:
 
 
 # What the presets are chosen for (KL .0015, .005, .020 on many texts), and a quarter more for the chance of few.
+# A check has one yardstick, that of the preset asked for: all presets are held to it, the recommended one too.
 CRITERIA = {
     "lossless": Criteria(kl_mean=0.002, top1_agreement=0.98, score_loss=0.02),
     "balanced": Criteria(kl_mean=0.006, top1_agreement=0.96, score_loss=0.05),
@@ -110,7 +111,7 @@ class Report:
 
     @property
     def recommended(self) -> str | None:
-        """The smallest preset that passes, or None."""
+        """The smallest preset that meets the criteria of the one asked for, or None."""
         passing = [verdict for verdict in self.verdicts if verdict.passed]
         return min(passing, key=lambda verdict: verdict.ratio).preset if passing else None
 
@@ -124,10 +125,8 @@ class Report:
             "recommended": self.recommended,
             "samples": self.samples,
             "seconds": self.seconds,
-            "verdicts": [
-                asdict(verdict) | {"passed": verdict.passed, "criteria": asdict(criteria_of(verdict.preset))}
-                for verdict in self.verdicts
-            ],
+            "verdicts": [asdict(verdict) | {"passed": verdict.passed} for verdict in self.verdicts],
+            "criteria": {"of": self.preset} | asdict(criteria_of(self.preset)),
             "outliers": [layer.to_dict() for layer in self.outliers],
             "uncompressed": dict(self.uncompressed),
             "num_layers": self.num_layers,
@@ -205,9 +204,9 @@ class Check:
             if reasons:
                 skipped = reasons[0]
             elif samples[0].chat:
-                findings.append(_score_finding(task, full, own, criteria_of(preset)))
+                findings.append(_score_finding(task, full, own, criteria_of(self.preset)))
             else:
-                findings += _text_findings(task, own, criteria_of(preset))
+                findings += _text_findings(task, own, criteria_of(self.preset))
         return Verdict(preset, self._bytes_ratio(preset), tuple(findings), skipped)
 
     def _bytes_ratio(self, preset: str) -> float:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from mikv.cache.accounting import FP16_BYTES
 from mikv.cache.geometry import CacheGeometry
 from mikv.cache_names import NamedCache, parse_cache
 from mikv.errors import MiKVError, NumericsError
@@ -152,13 +151,11 @@ class Examination:
         return log_probs if known == token_ids else None
 
     def _result(self, answers: tuple[Answer, ...], reader: "Reader", num_bytes: int, d: "Distance") -> SampleResult:
-        geometry = self._geometry
-        vectors = sum(layer.num_cached(reader.num_read) for layer in geometry.layers) * 2 * geometry.num_kv_heads
         return SampleResult(
             answers=answers,
             tokens=reader.num_read,
             bytes=num_bytes,
-            fp16_bytes=vectors * geometry.head_dim * FP16_BYTES,
+            fp16_bytes=self._geometry.fp16_bytes(reader.num_read),
             kl=tuple(d.kl),
             agreements=d.agreements,
             nll=d.nll,

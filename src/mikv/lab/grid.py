@@ -11,6 +11,7 @@ from mikv.cache.config import BEST_FIRST, HIGH_FORMATS, KEY_ROUNDINGS, MiKVConfi
 from mikv.cache.geometry import CacheGeometry
 from mikv.cache.policies import make_policy
 from mikv.cache_names import parse_cache
+from mikv.choices import require_one_of
 from mikv.errors import ConfigError
 from mikv.lab.layer_bits import is_uniform, uniform_twin, with_wide_edges
 
@@ -50,10 +51,10 @@ class Grid:
         for low in self.low:
             if not _LOW.fullmatch(low):
                 raise ConfigError(f"--low {low!r} must name bits of keys and values, 8, 4, 3 or 2, such as K4V3")
-        _require_known("--high", self.high, HIGH_FORMATS)
-        _require_known("--transforms", self.transforms or (), TRANSFORMS)
-        _require_known("--roundings", self.roundings or (), KEY_ROUNDINGS)
-        _require_known("--layers", self.layers, LAYERS)
+        known = {"high": HIGH_FORMATS, "transforms": TRANSFORMS, "roundings": KEY_ROUNDINGS, "layers": LAYERS}
+        for option, names in known.items():
+            for value in getattr(self, option) or ():
+                require_one_of(f"--{option}", value, names)
         for policy in self.policies or ():
             make_policy(policy, {})
         config = parse_cache(self.base).config
@@ -137,9 +138,3 @@ def _transforms_of(config: MiKVConfig) -> str:
 def _spell(value: Any) -> str:
     """A value as cache names have it: JSON, or a plain word."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-
-
-def _require_known(option: str, values: Sequence[str], known: Sequence[str]) -> None:
-    for value in values:
-        if value not in known:
-            raise ConfigError(f"{option} {value!r} is not one of {', '.join(known)}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
-from mikv.cache.accounting import layer_bytes
+from mikv.cache.accounting import cache_bytes
 from mikv.cache.config import MiKVConfig
 from mikv.cache.geometry import CacheGeometry
 from mikv.cache.layer_ranges import ranges_of
@@ -54,7 +54,7 @@ def by_sensitivity(config: MiKVConfig, kl: LayerKL, geometry: CacheGeometry, num
     None if nothing is gained: then `config` itself is best.
     """
     wider, narrower = (replace(config, **_stepped(config, steps)) for steps in (_WIDER, _NARROWER))
-    small, middle, large = (layer_bytes(c, geometry, num_tokens) for c in (narrower, config, wider))
+    small, middle, large = (cache_bytes(c, geometry, num_tokens).bytes for c in (narrower, config, wider))
     if small == middle or large == middle:
         return None
     wide_error, error = (_error(c, narrower) for c in (wider, config))

@@ -31,9 +31,9 @@ class ModelFacts:
 
         source = readable_source(name)
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             CacheGeometry.from_model_config(config)
-            return cls(name, config, AutoTokenizer.from_pretrained(source))
+            return cls(name, config, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
         except OSError as error:
             raise ModelNotFoundError(f"cannot find the model {name!r}: {error}") from error
         except UnsupportedModelError:
@@ -78,7 +78,8 @@ class ModelFacts:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(self.config).parameters())
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+            weights = sum(parameter.numel() for parameter in model.parameters())
         item = getattr(torch, dtype).itemsize
         return _LIBRARY_BYTES + weights * item + max(self._sample_bytes(sample, item) for sample in samples)
 
@@ -86,9 +87,10 @@ class ModelFacts:
         geometry, config = CacheGeometry.from_model_config(self.config), text_config(self.config)
         tokens = longest(self.tokenizer, sample)
         # queries, keys and values as recorded; those of the full cache and of one under test
-        vectors = tokens * len(geometry.layers) * (config.num_attention_heads + 6 * geometry.num_kv_heads)
+        heads = config.num_attention_heads
+        numbers = tokens * sum((heads + 6 * layer.num_kv_heads) * layer.head_dim for layer in geometry.layers)
         read_on = tokens - Transcript(self.tokenizer, sample).num_context
-        return vectors * geometry.head_dim * item + read_on * config.vocab_size * _FLOAT32_BYTES
+        return numbers * item + read_on * config.vocab_size * _FLOAT32_BYTES
 
 
 def require_memory(processes: int, bytes_each: int) -> None:

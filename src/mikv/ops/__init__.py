@@ -5,6 +5,9 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+import torch
+
+from mikv.arithmetic import own_arithmetic
 from mikv.ops import cpu, fallback, matmul, native
 from mikv.ops.matmul import MatmulShape, arrange, restore
 from mikv.ops.segments import AttentionOptions, attend_unpacked, visible
@@ -31,8 +34,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _by_device(compiled: Callable[P, R], reference: Callable[P, R]) -> Callable[P, R]:
+def _by_device(compiled: Callable[P, R], twin: Callable[P, R], has_gradients: bool = False) -> Callable[P, R]:
     """The operation that suits the device of its first argument, a tensor or a tier."""
+    reference = own_arithmetic(twin if has_gradients else torch.no_grad()(twin))
     if native.module is None:
         return reference
 
@@ -51,4 +55,4 @@ pack = _by_device(cpu.pack, fallback.pack)
 unpack = _by_device(cpu.unpack, fallback.unpack)
 demote = _by_device(cpu.demote, fallback.demote)
 score_prompt = _by_device(cpu.score_prompt, fallback.score_prompt)
-lut_matmul = _by_device(cpu.lut_matmul, matmul.lut_matmul)
+lut_matmul = _by_device(cpu.lut_matmul, matmul.lut_matmul, has_gradients=True)

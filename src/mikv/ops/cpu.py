@@ -148,7 +148,12 @@ def lut_matmul(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, sh
 
 def _route(x: Tensor, kernel: Callable[..., Any], operation: Callable[..., Any]) -> Callable[..., Any]:
     """The operation if something traces it; else its kernel, which saves the 12 microseconds of the dispatcher."""
-    return operation if torch.compiler.is_compiling() or type(x) is not Tensor else kernel
+    return operation if torch.compiler.is_compiling() or type(x) is not Tensor or _is_watched() else kernel
+
+
+def _is_watched() -> bool:
+    """Whether plain tensors mean something else here: shapes without numbers (FakeTensorMode), one of many (vmap)."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None
 
 
 def _with_contiguous_channels(x: Tensor) -> Tensor:
@@ -162,6 +167,7 @@ def _flat_low(high: TierView, low: TierView | None) -> FlatTier:
 def _flat_options(
     options: AttentionOptions, query_weight: Tensor | None
 ) -> tuple[float, float, Tensor | None, Tensor | None]:
+    options.require_inference()
     sinks = options.sinks
     return (
         options.scale,

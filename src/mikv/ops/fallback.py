@@ -37,6 +37,7 @@ def attend(
     the attention that high slots (B, G, capacity) and new tokens (B, G, Tq) received, float32: summed over the group's
     heads and over the queries, weighted by `query_weight` (B, Tq).
     """
+    options.require_inference()
     high, low = tiers
     segments = [Segment.of_tensors(*new, mask, causal=mask is None), _segment(high)]
     if low is not None:
@@ -117,11 +118,11 @@ def append(
 def unpack(tier: TierView, row: int, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Decode the keys and values (G, n, D) float32 of slots (G, n) of a row, in the tier's basis."""
     if not slots.shape[1]:
-        none = torch.zeros(*slots.shape, tier.formats[0].head_dim, device=slots.device)
+        none = torch.zeros(*slots.shape, tier.formats[0].head_dim, dtype=torch.float32, device=slots.device)
         return none, none
     span = _Span(tier, row, int(slots.min()), int(slots.max()) + 1)
     blocks, offsets = (slots - span.first) // BLOCK_TOKENS, slots % BLOCK_TOKENS
-    heads = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    heads = torch.arange(slots.shape[0], dtype=torch.int64, device=slots.device)[:, None]
     decoded = []
     for prefix, form in zip("kv", tier.formats, strict=True):
         tokens = form.unpack(span.read(prefix))
@@ -168,7 +169,7 @@ def _fill_holes(tier: TierView, row: int, slots: Tensor) -> None:
     sources = is_hole[:, kept:].argsort(dim=1, stable=True) + kept  # (G, n)
     span = _Span(tier, row, int(slots.min()), count)
     sources, targets = sources - span.first, slots - span.first
-    heads = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    heads = torch.arange(slots.shape[0], dtype=torch.int64, device=slots.device)[:, None]
     for prefix, form in zip("kv", tier.formats, strict=True):
         tokens = form.unpack(span.read(prefix))
         for name, part in tokens.items():
@@ -220,7 +221,7 @@ def _segment(tier: TierView) -> Segment:
     num_tokens = max(counts, default=0)
     mask = None
     if min(counts, default=0) < num_tokens:
-        in_use = torch.arange(num_tokens) < tier.counts[:, None]
+        in_use = torch.arange(num_tokens, dtype=torch.int64, device="cpu") < tier.counts[:, None]
         mask = in_use[:, None, None].to(_any_part(tier).device)  # (B, 1, 1, T)
 
     def keys(start: int, stop: int) -> Tensor:
@@ -247,10 +248,10 @@ def _decode(tier: TierView, which: int, start: int, stop: int) -> Tensor:
 
 def _places(tier: TierView, first: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where the blocks [first, stop) of all rows are: an index (B, G, stop - first) into every part."""
-    blocks = torch.arange(first, stop)
+    blocks = torch.arange(first, stop, dtype=torch.int64, device="cpu")
     blocks_per_page = _any_part(tier).shape[2]
     pages = tier.pages.long()[:, None, blocks // max(1, blocks_per_page)]  # (B, 1, stop - first)
-    heads = torch.arange(_any_part(tier).shape[1])[:, None]  # (G, 1)
+    heads = torch.arange(_any_part(tier).shape[1], dtype=torch.int64, device="cpu")[:, None]  # (G, 1)
     return pages, heads, blocks % max(1, blocks_per_page)
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from mikv.arithmetic import own_arithmetic
+
 TILE_ROWS = 64
 _BYTE_INPUTS = 8
 
@@ -58,6 +60,7 @@ class MatmulShape:
         return (1 if self.uniform else self.bits) + self.has_offset
 
 
+@own_arithmetic
 def arrange(
     planes: Tensor, scales: Tensor, offset: Tensor | None, in_features: int, group_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -89,9 +92,9 @@ def restore(codes: Tensor, scales: Tensor, shape: MatmulShape) -> tuple[Tensor, 
 def dequantize(codes: Tensor, scales: Tensor, shape: MatmulShape) -> Tensor:
     """The matrix that the first `shape.bits` planes stand for, float32 (M, K)."""
     planes, scales, offset = restore(codes, scales, shape)
-    groups = torch.arange(shape.in_features, device=codes.device) // shape.group_size
+    groups = torch.arange(shape.in_features, dtype=torch.int64, device=codes.device) // shape.group_size
     bit = torch.arange(_BYTE_INPUTS, dtype=torch.uint8, device=codes.device)
-    matrix = torch.zeros(shape.out_features, shape.in_features, device=codes.device)
+    matrix = torch.zeros(shape.out_features, shape.in_features, dtype=torch.float32, device=codes.device)
     if offset is not None:
         matrix += offset[0].float()[:, groups]
     for plane in range(shape.bits):

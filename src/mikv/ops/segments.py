@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mikv.arithmetic import own_arithmetic
+from mikv.errors import UnsupportedModelError
 from mikv.transforms import KeyTransform, ValueTransform
 
 TILE_TOKENS = 512  # decoded at once; a tile of keys and one of values are all that ever exists unpacked
@@ -22,12 +24,21 @@ class AttentionOptions:
     """What a model's attention does besides softmax(q.k * scale): Gemma's softcap, gpt-oss's sink logits (H,).
 
     `exact` asks for float arithmetic throughout, where an operation would otherwise round the query to 8 bits.
+    `dropout` is the share of attention that training leaves out at random, of `attend_unpacked` only.
     """
 
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
     exact: bool = False
+    dropout: float = 0.0
+
+    def require_inference(self) -> None:
+        """Raise UnsupportedModelError if attention to a cache were to leave out some at random."""
+        if self.dropout:
+            raise UnsupportedModelError(
+                f"attention dropout of {self.dropout} while using a MiKV cache; call model.eval() first"
+            )
 
 
 @dataclass(frozen=True)
@@ -60,10 +71,11 @@ class Segment:
         )
 
 
+@own_arithmetic
 def attend_unpacked(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: AttentionOptions, causal: bool
 ) -> Tensor:
-    """Attend from queries (B, H, Tq, D) to keys and values (B, G, T, D): (B, H, Tq, D).
+    """Attend from queries (B, H, Tq, D) to keys and values (B, G, T, D): (B, H, Tq, D), with gradients.
 
     `mask` (B, 1, Tq, T) is True where a query may look; None is everywhere, or what is not later if `causal`.
     """
@@ -121,7 +133,7 @@ def score_prompt(
     """
     num_kv_heads, num_queries = keys.shape[1], queries.shape[2]
     columns = range(keys.shape[2] - 1 - (num_queries - 1) * stride, keys.shape[2], stride)  # of the queries
-    received = torch.zeros(keys.shape[:3], device=keys.device)
+    received = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
     grouped = queries.unflatten(1, (num_kv_heads, -1))  # (B, G, R, Tq, D)
     sinks = None if options.sinks is None else options.sinks.float().reshape(num_kv_heads, -1)
     for row in range(keys.shape[0]):
@@ -132,7 +144,9 @@ def score_prompt(
                 columns,
                 None if mask is None else mask[min(row, mask.shape[0] - 1), 0],
                 replace(options, sinks=None if sinks is None else sinks[head]),
-                torch.ones(num_queries, device=keys.device) if query_weight is None else query_weight[row].float(),
+                torch.ones(num_queries, dtype=torch.float32, device=keys.device)
+                if query_weight is None
+                else query_weight[row].float(),
                 distance,
             )
     return received
@@ -154,7 +168,7 @@ def _score_head(
 ) -> Tensor:
     """`score_prompt` for the queries (R, Tq, D), already scaled, of one KV head with keys (T, D): (T,) float32."""
     num_heads, num_queries, head_dim = queries.shape
-    received = torch.zeros(keys.shape[0], device=keys.device)
+    received = torch.zeros(keys.shape[0], dtype=torch.float32, device=keys.device)
     step = max(1, _MAX_LOGITS // (num_heads * keys.shape[0]))
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
@@ -164,15 +178,17 @@ def _score_head(
         logits = _capped(logits, options.softcap)
         if mask is None:
             first = columns[start]
-            own = torch.tensor(columns[start:stop], device=keys.device)[:, None]
-            logits[..., first:].masked_fill_(torch.arange(first, seen, device=keys.device) > own, -torch.inf)
+            own = torch.tensor(columns[start:stop], dtype=torch.int64, device=keys.device)[:, None]
+            logits[..., first:].masked_fill_(
+                torch.arange(first, seen, dtype=torch.int64, device=keys.device) > own, -torch.inf
+            )
         else:
             logits.masked_fill_(~mask[start:stop, :seen], -torch.inf)
         sinks = None if options.sinks is None else options.sinks[:, None, None]
         probabilities = _softmax(logits, sinks, may_be_blind=mask is not None)
         if distance:
-            nearest = torch.tensor(columns[start:stop], device=keys.device)[:, None] - distance
-            probabilities.masked_fill_(torch.arange(seen, device=keys.device) > nearest, 0.0)
+            nearest = torch.tensor(columns[start:stop], dtype=torch.int64, device=keys.device)[:, None] - distance
+            probabilities.masked_fill_(torch.arange(seen, dtype=torch.int64, device=keys.device) > nearest, 0.0)
         received[:seen] += (query_weight[start:stop].repeat(num_heads) @ probabilities.flatten(0, 1)).squeeze(0)
     return received
 
@@ -192,31 +208,40 @@ def _attend_tile(
 ) -> tuple[Tensor, list[Tensor]]:
     num_queries = queries.shape[2]
     grouped = _grouped(queries.float() * options.scale, segments[0].keys(0, 0).shape[1])  # (B, G, R*Tq, D)
-    logits = _capped(_logits(grouped, segments, None if transforms is None else transforms[0]), options.softcap)
-    for segment, part in zip(segments, _split(logits, segments), strict=True):
-        if segment.mask is not None:
-            by_query = part.unflatten(2, (-1, num_queries))  # (B, G, R, Tq, T)
-            by_query.masked_fill_(~segment.mask[:, :, None], -torch.inf)
+    logits = _logits(grouped, segments, None if transforms is None else transforms[0])
+    visible = [
+        _masked(_capped(part, options.softcap), segment.mask, num_queries)
+        for part, segment in zip(logits, segments, strict=True)
+    ]
     sinks = None if options.sinks is None else _sink_logits(options.sinks, grouped, num_queries)
-    probabilities = _softmax(
-        logits, sinks, may_be_blind=any(segment.mask is not None for segment in segments)
-    )  # (B, G, R*Tq, T)
+    blind = any(segment.mask is not None for segment in segments)
+    probabilities = _softmax(torch.cat(visible, dim=-1), sinks, may_be_blind=blind)  # (B, G, R*Tq, T)
+    if options.dropout:
+        probabilities = torch.nn.functional.dropout(probabilities, options.dropout)
     output = _weighted_values(probabilities, segments, None if transforms is None else transforms[1])
     received = [_received(part, num_queries, query_weight) for part in _split(probabilities, segments)]
     return output.unflatten(2, (-1, num_queries)).flatten(1, 2).to(queries.dtype), received
 
 
-def _logits(grouped: Tensor, segments: list[Segment], transform: KeyTransform | None) -> Tensor:
-    logits = torch.empty(*grouped.shape[:3], sum(s.num_tokens for s in segments), device=grouped.device)
+def _logits(grouped: Tensor, segments: list[Segment], transform: KeyTransform | None) -> list[Tensor]:
+    """Of the queries (B, G, R*Tq, D) on each segment."""
     query = grouped if transform is None else transform.query(grouped)
     offset = None if transform is None else transform.logit_offset(grouped)
-    for segment, part in zip(segments, _split(logits, segments), strict=True):
-        for start, stop in _tiles(segment.num_tokens):
-            keys = segment.keys(start, stop)
-            part[..., start:stop] = (query if segment.transformed else grouped) @ keys.mT
-        if segment.transformed and offset is not None:
-            part += offset
+    logits = []
+    for segment in segments:
+        own = query if segment.transformed else grouped
+        tiles = [own @ segment.keys(start, stop).mT for start, stop in _tiles(segment.num_tokens)]
+        part = torch.cat(tiles, dim=-1) if tiles else own[..., :0]
+        logits.append(part + offset if segment.transformed and offset is not None else part)
     return logits
+
+
+def _masked(logits: Tensor, mask: Tensor | None, num_queries: int) -> Tensor:
+    """Logits (B, G, R*Tq, T), minus infinity where a query may not look."""
+    if mask is None:
+        return logits
+    by_query = logits.unflatten(2, (-1, num_queries))  # (B, G, R, Tq, T)
+    return by_query.masked_fill(~mask[:, :, None], -torch.inf).flatten(2, 3)
 
 
 def _weighted_values(probabilities: Tensor, segments: list[Segment], transform: ValueTransform | None) -> Tensor:
@@ -240,7 +265,7 @@ def _weighted_values(probabilities: Tensor, segments: list[Segment], transform: 
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
 def _softmax(logits: Tensor, sinks: Tensor | None, may_be_blind: bool) -> Tensor:
@@ -253,7 +278,7 @@ def _softmax(logits: Tensor, sinks: Tensor | None, may_be_blind: bool) -> Tensor
         return torch.softmax(extended, dim=-1)[..., :-1]
     probabilities = torch.softmax(logits, dim=-1)
     if may_be_blind:
-        probabilities.masked_fill_(torch.isneginf(logits.amax(-1, keepdim=True)), 0.0)
+        return probabilities.masked_fill(torch.isneginf(logits.amax(-1, keepdim=True)), 0.0)
     return probabilities
 
 

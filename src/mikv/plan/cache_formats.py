@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from mikv.cache.accounting import FP16_BYTES, cache_bytes
+from mikv.cache.accounting import cache_bytes
 from mikv.cache.config import PRESETS, MiKVConfig
-from mikv.cache.geometry import CacheGeometry
+from mikv.cache.geometry import FP16_BYTES, CacheGeometry
 from mikv.cache_names import parse_cache
+from mikv.choices import did_you_mean
 from mikv.errors import ConfigError
 
 _MOST_BITS = 32
@@ -30,13 +31,7 @@ class CacheFormat:
         if self.config is not None:
             return cache_bytes(self.config, geometry, context).bytes
         bits = 8 * geometry.model_dtype_bytes if self.bits is None else self.bits
-        return fp16_bytes(geometry, context) * bits / (8 * FP16_BYTES)
-
-
-def fp16_bytes(geometry: CacheGeometry, context: int) -> int:
-    """Bytes of one sequence in 16-bit floats."""
-    per_token = geometry.num_kv_heads * geometry.head_dim * 2 * FP16_BYTES
-    return per_token * sum(layer.num_cached(context) for layer in geometry.layers)
+        return geometry.fp16_bytes(context) * bits / (8 * FP16_BYTES)
 
 
 def parse_cache_format(name: str) -> CacheFormat:
@@ -63,7 +58,8 @@ def _named(name: str) -> CacheFormat:
     except ConfigError as error:
         if name.startswith("mikv:"):
             raise
-        raise ConfigError(f"--cache {name!r} is not one of {', '.join(SPELLINGS)}") from error
+        near = did_you_mean(name, SPELLINGS)
+        raise ConfigError(f"--cache {name!r} is not one of {', '.join(SPELLINGS)}{near}") from error
     if config is None:
         raise ConfigError(f"--cache {name!r}: how many bits it takes is not known; give them as a number instead")
     return CacheFormat(name, config)

@@ -7,6 +7,7 @@ Shares are of the device's bandwidth or peak.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mikv.choices import require_one_of
 from mikv.errors import ConfigError
 
 _TABLE_1 = "LUT-GEMM (arXiv 2206.09557) table 1, first MLP layer of OPT-175B on A100-80"
@@ -44,8 +45,7 @@ class Constants:
         for part in filter(None, (text or "").split(",")):
             name, _, value = part.partition("=")
             name = name.strip()
-            if name not in changed:
-                raise ConfigError(f"--efficiency {name!r} is not one of {', '.join(changed)}")
+            require_one_of("--efficiency", name, changed)
             changed[name] = Constant(_number(name, value, changed[name].unit), changed[name].unit, "--efficiency")
         return Constants(changed)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mikv.cache.settings import MOST
 from mikv.errors import ConfigError
 from mikv.plan.cache_formats import CacheFormat
 from mikv.plan.constants import Constants
@@ -30,8 +31,8 @@ class Deployment:
 
     def __post_init__(self) -> None:
         for name, value in (("--batch", self.batch), ("--context", self.context)):
-            if value < 1:
-                raise ConfigError(f"{name} {value} must be 1 or more")
+            if not 1 <= value <= MOST:
+                raise ConfigError(f"{name} {value} must be 1 or more, and at most {MOST:,}")
         most = self.shape.context_length
         if most is not None and self.context > most:
             raise ConfigError(f"--context {self.context} is more than the {most:,} that {self.shape.name} was made for")

@@ -1,7 +1,7 @@
 """Watts of a device while it decodes, and joules per token. Idle devices and the rest of the server are not counted."""
 
 from mikv.plan.deployment import Deployment
-from mikv.plan.memory import cache_bytes, layer_bytes
+from mikv.plan.memory import cache_bytes, read_bytes
 
 
 def watts(deployment: Deployment, devices: int) -> float | None:
@@ -12,7 +12,7 @@ def watts(deployment: Deployment, devices: int) -> float | None:
     device, constants = deployment.hardware, deployment.constants
     if device.watts is None:
         return None
-    cache, matrices = cache_bytes(deployment, devices), layer_bytes(deployment) / devices
+    cache, matrices = cache_bytes(deployment, devices), read_bytes(deployment, deployment.batch) / devices
     low, high = constants["power_low"], constants["power_high"]
     share = low + (high - low) * cache / (cache + matrices)
     if deployment.weights.is_lut:

@@ -4,8 +4,8 @@ Peaks are of dense 16-bit multiplication with 32-bit sums; links are one directi
 """
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 
+from mikv.choices import did_you_mean
 from mikv.errors import ConfigError
 from mikv.plan.constants import CPU, GPU, Constants
 
@@ -63,6 +63,5 @@ def named_hardware(name: str) -> Hardware:
     """A GPU of the table. Raises ConfigError naming them all."""
     if (gpu := GPUS.get(name.lower())) is not None:
         return gpu
-    near = get_close_matches(name.lower(), GPUS, n=2)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ConfigError(f"--hardware {name!r} is not known; {hint}it is one of {', '.join(GPUS)}, {THIS}")
+    near = did_you_mean(name, GPUS)
+    raise ConfigError(f"--hardware {name!r} is not known{near or ';'} it is one of {', '.join(GPUS)}, {THIS}")

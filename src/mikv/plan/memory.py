@@ -57,9 +57,7 @@ def usable_bytes(deployment: Deployment) -> float:
 
 def matrix_bytes(deployment: Deployment) -> float:
     """Matrices of all layers."""
-    return deployment.shape.num_layers * sum(
-        deployment.weights.matrix_bytes(*size) for size in deployment.shape.matrices
-    )
+    return sum(number * deployment.weights.matrix_bytes(*size) for size, number in deployment.shape.all_matrices)
 
 
 def layer_bytes(deployment: Deployment) -> float:
@@ -67,9 +65,17 @@ def layer_bytes(deployment: Deployment) -> float:
     return matrix_bytes(deployment) + deployment.shape.small_parameters * deployment.dtype_bytes
 
 
+def read_bytes(deployment: Deployment, rows: float) -> float:
+    """What of `layer_bytes` a step of `rows` tokens reads: all, but for experts that none of them takes."""
+    idle = (1 - deployment.shape.share_read(rows)) * matrix_bytes(deployment)
+    return layer_bytes(deployment) - idle
+
+
 def head_bytes(deployment: Deployment) -> float:
     """The output head, which every step reads whole."""
     shape = deployment.shape
+    if deployment.weights.head_bits is not None:
+        return shape.head_parameters * deployment.weights.head_bits / 8
     if deployment.quantize_embeddings:
         return deployment.weights.matrix_bytes(shape.vocab_size, shape.hidden_size)
     return shape.head_parameters * deployment.dtype_bytes
@@ -77,7 +83,8 @@ def head_bytes(deployment: Deployment) -> float:
 
 def embedding_bytes(deployment: Deployment) -> float:
     """The output head, and the embedding where it is another matrix; both are stored alike."""
-    return head_bytes(deployment) * (1 if deployment.shape.is_tied else 2)
+    others = deployment.shape.other_embeddings * deployment.dtype_bytes
+    return head_bytes(deployment) * (1 if deployment.shape.is_tied else 2) + others
 
 
 def cache_bytes(deployment: Deployment, devices: int) -> float:
@@ -90,6 +97,7 @@ def _activation_bytes(deployment: Deployment, devices: int) -> float:
     """Hidden states are on every device, what is divided among heads and channels only in part."""
     shape = deployment.shape
     tokens = min(deployment.batch * deployment.context, deployment.constants["prefill_tokens"])
-    divided = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim + 2 * shape.intermediate_size
+    inner = max(1, shape.experts_per_token) * shape.intermediate_size
+    divided = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim + 2 * inner
     logits = deployment.batch * shape.vocab_size / devices * FP32_BYTES
     return tokens * (3 * shape.hidden_size + divided / devices) * deployment.dtype_bytes + logits

@@ -13,6 +13,7 @@ from mikv.plan.shapes import ModelShape
 from mikv.plan.weight_formats import WeightFormat, float_format, parse_group_size, parse_weights
 
 _GROUP_SIZE = 128
+_MOST_WATTS = 1_000_000
 _FP16 = parse_weights("fp16", None)
 
 
@@ -62,8 +63,8 @@ class Request:
         }
 
     def _known_hardware(self) -> Hardware:
-        if self.watts is not None and not 0 < self.watts < float("inf"):
-            raise ConfigError(f"--watts {self.watts:g} must be more than 0")
+        if self.watts is not None and not 0 < self.watts <= _MOST_WATTS:
+            raise ConfigError(f"--watts {self.watts:g} must be more than 0, and at most {_MOST_WATTS:,}")
         if self.hardware == THIS:
             return Hardware(THIS, "this machine", 1, 1, 1, 0, self.watts, most=1, is_cpu=True)
         gpu = named_hardware(self.hardware)
@@ -92,9 +93,9 @@ class Request:
         if name is not None:
             return parse_weights(name, group_size)
         if shape.quantization is not None:
-            from mikv.plan.quantized import quantized_format
+            from mikv.plan.quantized import stored_format
 
-            return quantized_format(shape)
+            return stored_format(shape)
         return float_format(shape.dtype) if device.is_cpu else _FP16
 
     def _deployment(self, shape: ModelShape, device: Hardware, weights: WeightFormat, cache: CacheFormat) -> Deployment:
@@ -106,6 +107,6 @@ class Request:
         """Of the checkpoint itself, if its own weights are planned with."""
         if self.weights is not None or self.compare is not None or shape.quantization is None:
             return False
-        from mikv.plan.quantized import quantization_of
+        from mikv.plan.quantized import has_quantized_embeddings
 
-        return quantization_of(shape).quantize_embeddings
+        return has_quantized_embeddings(shape)

@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mikv.plan.cache_formats import fp16_bytes
 from mikv.plan.deployment import Deployment
 from mikv.plan.energy import joules_per_token, watts
 from mikv.plan.memory import Memory, cache_bytes, devices_needed, matrix_bytes, memory, usable_bytes
@@ -55,7 +54,7 @@ class Plan:
     def cache_ratio(self) -> float:
         """Bytes of the cache as a share of the same in fp16."""
         geometry = self.deployment.shape.geometry(1, self.deployment.dtype_bytes)
-        fp16 = self.deployment.batch * fp16_bytes(geometry, self.deployment.context)
+        fp16 = self.deployment.batch * geometry.fp16_bytes(self.deployment.context)
         return cache_bytes(self.deployment, 1) / fp16
 
     def notes(self) -> tuple[str, ...]:
@@ -134,6 +133,10 @@ def _notes(estimate: Plan) -> list[str]:
             notes.append(
                 f"{asked.weights.name} times are of the kernels of 2023 in LUT-GEMM's table 1; newer ones are faster"
             )
+    if asked.shape.left_out:
+        notes.append(f"only the text part is planned: {asked.shape.left_out} comes on top")
+    if asked.shape.num_experts:
+        notes.append("experts are assumed to be taken with equal chance, and divided among devices like all matrices")
     if estimate.devices > 8:
         notes.append("links are assumed to be as fast among all GPUs as within one server")
     if estimate.joules_per_token is None and estimate.fits:

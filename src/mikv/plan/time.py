@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from mikv.plan.deployment import FP16_BYTES, Deployment
-from mikv.plan.memory import cache_bytes, head_bytes, layer_bytes
+from mikv.plan.memory import cache_bytes, head_bytes, read_bytes
 
 _MICRO = 1e-6
 _MOST_ROWS = 4096
@@ -73,9 +73,9 @@ def prefill_time(deployment: Deployment, devices: int) -> float:
     chunks = -(-tokens // int(constants["prefill_tokens"]))
     attended = sum(_attended(layer.num_cached, deployment.context) for layer in shape.layers)
     attention = 4 * deployment.batch * shape.num_heads * shape.head_dim * attended
-    multiplying = 2 * tokens * shape.matrix_parameters / (devices * _matrix_rate(deployment))
+    multiplying = 2 * tokens * shape.active_parameters / (devices * _matrix_rate(deployment))
     multiplying += attention / (devices * device.flops * constants["matmul"])
-    reading = chunks * _read_for_multiplying(deployment, devices)
+    reading = chunks * _read_for_multiplying(deployment, devices, tokens / chunks)
     overhead = chunks * shape.num_layers * constants["layer_us"] * _MICRO
     return max(multiplying, reading) + overhead + _communication_time(deployment, devices, tokens)
 
@@ -101,7 +101,7 @@ def break_even_batch(deployment: Deployment, devices: int) -> int | None:
 def lut_time(deployment: Deployment, devices: int, rows: int) -> float:
     """All matrices through lookup tables."""
     constants = deployment.constants
-    first = _read_time(deployment, layer_bytes(deployment) / devices, deployment.weights.kernel)
+    first = _read_time(deployment, read_bytes(deployment, 1) / devices, deployment.weights.kernel)
     first += deployment.shape.num_layers * constants["lut_layer_us"] * _MICRO
     return first * (1 + (rows - 1) * constants["lut_row"])
 
@@ -109,8 +109,8 @@ def lut_time(deployment: Deployment, devices: int, rows: int) -> float:
 def _multiplied_time(deployment: Deployment, devices: int, rows: int) -> tuple[float, bool]:
     """Reading or multiplying, whichever takes longer; a copy that is written and read again comes on top."""
     shape = deployment.shape
-    reading = _read_for_multiplying(deployment, devices)
-    multiplying = 2 * rows * shape.matrix_parameters / (devices * _matrix_rate(deployment))
+    reading = _read_for_multiplying(deployment, devices, rows)
+    multiplying = 2 * rows * shape.active_parameters / (devices * _matrix_rate(deployment))
     if deployment.weights.is_lut and deployment.hardware.is_cpu:
         return reading + multiplying, multiplying > reading  # tile by tile: first one, then the other
     return max(reading, multiplying), multiplying > reading
@@ -121,19 +121,21 @@ def _matrix_rate(deployment: Deployment) -> float:
     return deployment.hardware.flops * deployment.constants["lut_matmul" if deployment.weights.is_lut else "matmul"]
 
 
-def _read_for_multiplying(deployment: Deployment, devices: int) -> float:
-    """Reading the matrices once; binary codes become 16-bit numbers on the way."""
-    reading = _read_time(deployment, layer_bytes(deployment) / devices, deployment.weights.kernel)
+def _read_for_multiplying(deployment: Deployment, devices: int, rows: float) -> float:
+    """Reading the matrices that `rows` tokens need once; binary codes become 16-bit numbers on the way."""
+    reading = _read_time(deployment, read_bytes(deployment, rows) / devices, deployment.weights.kernel)
     if not deployment.weights.is_lut:
         return reading
-    copies = deployment.constants["dequantized_passes"] * FP16_BYTES * deployment.shape.matrix_parameters
+    shape = deployment.shape
+    copies = deployment.constants["dequantized_passes"] * FP16_BYTES * shape.matrix_parameters * shape.share_read(rows)
     return reading + _read_time(deployment, copies / devices, "dense16")
 
 
 def _head_time(deployment: Deployment, devices: int, rows: int) -> float:
     shape, device = deployment.shape, deployment.hardware
     dense = "dense32" if deployment.dtype_bytes > FP16_BYTES else "dense16"
-    kernel = deployment.weights.kernel if deployment.quantize_embeddings else dense
+    is_coded = deployment.quantize_embeddings or deployment.weights.head_bits is not None
+    kernel = deployment.weights.kernel if is_coded else dense
     multiplying = 2 * rows * shape.head_parameters / (devices * device.flops * deployment.constants["matmul"])
     return max(_read_time(deployment, head_bytes(deployment) / devices, kernel), multiplying)
 

@@ -41,7 +41,9 @@ def allocate(layers: Mapping[str, Mapping[int, Offer]], budget_bytes: int) -> di
     ]
     divisor = max(gcd(*(cost for widths in costs for cost in widths.values())), 1)
     unit = divisor * max(-(-extra // (divisor * _MOST_UNITS)), 1)
-    total = torch.zeros(extra // unit + 1, dtype=torch.float64)  # the least error with at most so many units
+    total = torch.zeros(
+        extra // unit + 1, dtype=torch.float64, device="cpu"
+    )  # the least error with at most so many units
     chosen = []
     for offers, widths in zip(layers.values(), costs, strict=True):
         total, choice = _with_layer(total, [(offers[bits].error, -(-cost // unit)) for bits, cost in widths.items()])
@@ -52,7 +54,7 @@ def allocate(layers: Mapping[str, Mapping[int, Offer]], budget_bytes: int) -> di
 def _with_layer(total: Tensor, offers: list[tuple[float, int]]) -> tuple[Tensor, Tensor]:
     """The least errors with one more layer, and which of its (error, units) each takes."""
     least = torch.full_like(total, torch.inf)
-    choice = torch.zeros(total.shape, dtype=torch.uint8)
+    choice = torch.zeros_like(total, dtype=torch.uint8)
     for index, (error, units) in enumerate(offers):
         candidate = torch.full_like(total, torch.inf)
         candidate[units:] = total[: max(0, len(total) - units)] + error

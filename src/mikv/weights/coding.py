@@ -79,7 +79,7 @@ class Coding:
 
     def values(self) -> Tensor:
         """What the codes stand for, float32 (R, g)."""
-        total = torch.zeros(self.codes.shape, device=self.codes.device)
+        total = torch.zeros(self.codes.shape, dtype=torch.float32, device=self.codes.device)
         for plane, scale in enumerate(self.scales):
             total += scale[:, None] * signs_of(self.codes, plane)
         return total if self.offset is None else total + self.offset[:, None]
@@ -108,7 +108,7 @@ def levels_of(scales: Tensor, offset: Tensor | None) -> Levels:
     """The levels that scales (q, R) and offsets (R,) make."""
     q = scales.shape[0]
     codes = torch.arange(2**q, dtype=torch.uint8, device=scales.device)
-    values = torch.zeros(scales.shape[1], 2**q, device=scales.device)
+    values = torch.zeros(scales.shape[1], 2**q, dtype=torch.float32, device=scales.device)
     for plane, scale in enumerate(scales):
         values += scale[:, None] * signs_of(codes, plane)
     if offset is not None:
@@ -124,7 +124,7 @@ def signs_of(codes: Tensor, plane: int) -> Tensor:
 
 def halving(bits: int, device: torch.device) -> Tensor:
     """1, 1/2, 1/4, ...: the scales of the planes of uniform codings as shares of the first, float32 (q,)."""
-    return 0.5 ** torch.arange(bits, device=device)
+    return 0.5 ** torch.arange(bits, dtype=torch.float32, device=device)
 
 
 def rounded(x: Tensor) -> Tensor:

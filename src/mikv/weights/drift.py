@@ -11,12 +11,14 @@ inside of GPTQ; here the solvers stay as they are.
 import torch
 from torch import Tensor
 
+from mikv.arithmetic import own_arithmetic
 from mikv.weights.calibrated import DAMPING
 from mikv.weights.hessian import damped, inverse_factor
 
 _SHARE = 0.25  # with 8,000 tokens .5 takes back what .25 gains, and 1 is worse than nothing: docs/LOG.md
 
 
+@own_arithmetic
 def made_up(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
     """The matrix (M, K) to be quantized, from float32 W (M, K), H and D (K, K)."""
     factor = inverse_factor(damped(hessian, DAMPING))  # (H + damping)^-1 is its transpose times itself

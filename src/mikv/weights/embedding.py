@@ -4,16 +4,27 @@ The weights exist once: the embedding holds them, a tied head refers to it.
 """
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from mikv import ops
+from mikv.errors import UnsupportedModelError
 from mikv.ops import MatmulShape
 from mikv.ops.matmul import TILE_ROWS
 from mikv.weights.module import BCQModule
 from mikv.weights.weight import BCQWeight
+
+
+class NoWeightError(UnsupportedModelError, AttributeError):
+    """A quantized embedding was asked for its weights, as `resize_token_embeddings` does. `hasattr` answers no."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the token embedding is quantized, so it has no `weight` that could be resized, tied or copied; do that "
+            "before quantizing, or call model.dequantize() first"
+        )
 
 
 class BCQEmbedding(BCQModule):
@@ -27,8 +38,18 @@ class BCQEmbedding(BCQModule):
         self.output_dtype = torch.get_default_dtype()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The rows of tokens (...): (..., K)."""
+        """The rows of tokens (...): (..., K). Raises IndexError for tokens beyond the vocabulary, as torch does."""
+        if not torch.compiler.is_compiling() and tokens.device.type == "cpu" and tokens.numel():
+            least, most = (int(token) for token in tokens.aminmax())
+            if least < 0 or most >= self.num_embeddings:
+                wrong = least if least < 0 else most
+                raise IndexError(f"token {wrong} is not in the vocabulary of {self.num_embeddings}")
         return self._rows(self.arrange(), tokens.flatten()).view(*tokens.shape, self.embedding_dim)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise NoWeightError
+        return super().__getattr__(name)
 
     def project(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., K) times every row, as an output head does: (..., V)."""
@@ -58,6 +79,11 @@ class TiedHead(nn.Module):
         self._embedding = (embedding,)  # in a tuple it is no submodule: its weights are counted and saved once
         self.in_features, self.out_features = embedding.in_features, embedding.out_features
         self.register_parameter("bias", bias)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise NoWeightError
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., V)."""

@@ -6,6 +6,8 @@ H float32 (K, K), mean of x x^T over inputs x;  H^-1 = U^T U, U upper triangular
 import torch
 from torch import Tensor
 
+from mikv.errors import NumericsError
+
 _LEAST_EXTRA, _MOST_EXTRA = 0.01, 10.0
 
 
@@ -16,17 +18,22 @@ def damped(hessian: Tensor, share: float) -> Tensor:
     """
     mean = hessian.diagonal().mean()
     extra = torch.where(mean > 0, share * mean, 1.0)
-    return hessian + extra * torch.eye(hessian.shape[0], device=hessian.device)
+    return hessian + extra * torch.eye(hessian.shape[0], dtype=torch.float32, device=hessian.device)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """U of a damped H. Damps it more, tenfold each time, while rounding makes it indefinite."""
-    share = 0.0
+    """U of a damped H. Damps it more, tenfold each time, while rounding makes it indefinite.
+
+    Raises NumericsError for an H that has none even so: of inputs that are not finite, or at the ends of float32.
+    """
+    share, size = 0.0, hessian.diagonal().mean()
     while share <= _MOST_EXTRA:
         # with the columns in reverse, H = L L^T; turned back, H = R R^T with R upper triangular, and U = R^-1
         lower, failed = torch.linalg.cholesky_ex(damped(hessian, share).flip(0, 1) if share else hessian.flip(0, 1))
         if not int(failed):
-            identity = torch.eye(hessian.shape[0], device=hessian.device)
+            identity = torch.eye(hessian.shape[0], dtype=torch.float32, device=hessian.device)
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         share = max(_LEAST_EXTRA, share * 10)
-    raise AssertionError("a positive semidefinite matrix with a dominant diagonal has a Cholesky factor")
+    raise NumericsError(
+        f"the layer's inputs on the calibration text cannot be calibrated on: their mean square is {float(size):g}"
+    )

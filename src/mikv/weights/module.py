@@ -34,7 +34,7 @@ class BCQModule(nn.Module):
         self.shape = shape
         self.precisions = precisions or (shape.planes,)
         for name, dtype, size in self._parts():
-            self.register_parameter(name, _parameter(torch.empty(size, dtype=dtype)))
+            self.register_parameter(name, _parameter(torch.empty(size, dtype=dtype, device=torch.get_default_device())))
         self.register_parameter("bias", bias)
         self.register_buffer("codes", None, persistent=False)
         for bits in self.precisions:

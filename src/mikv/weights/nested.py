@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mikv.arithmetic import own_arithmetic
 from mikv.errors import ConfigError
 from mikv.weights.alternating import alternate
 from mikv.weights.calibrated import DAMPING, Layer
@@ -61,6 +62,7 @@ class NestedWeight:
         return self.planes.nbytes + self.scales.nbytes + self.offsets.nbytes
 
 
+@own_arithmetic
 def nest(weight: Tensor, group_size: int | None, hessian: Tensor | None = None) -> NestedWeight:
     """The planes for float32 (M, K), found in the metric of `hessian` (K, K) where one is given."""
     require_sound(weight, PRECISIONS[-1], hessian)

@@ -78,7 +78,7 @@ class NestedCoding(Coding):
         for plane, scale in enumerate(self.scales):
             values += signs_of(codes, plane)[:, None] * scale
         values = values.unflatten(1, (len(self.costs), -1))
-        roots = torch.tensor([cost**0.5 for _, cost in self.costs], device=values.device)[:, None]
+        roots = torch.tensor([cost**0.5 for _, cost in self.costs], dtype=torch.float32, device=values.device)[:, None]
         return NestedLevels(values, roots, values * roots)
 
     def parts(self) -> list[Coding]:
@@ -93,6 +93,6 @@ class NestedCoding(Coding):
 
     def _reads(self) -> Tensor:
         """1 where a precision reads a plane and else 0, float32 (q, P R)."""
-        bits = torch.tensor([bits for bits, _ in self.costs], device=self.scales.device)
-        planes = torch.arange(self.bits, device=self.scales.device)
+        bits = torch.tensor([bits for bits, _ in self.costs], dtype=torch.int64, device=self.scales.device)
+        planes = torch.arange(self.bits, dtype=torch.int64, device=self.scales.device)
         return (planes[:, None] < bits).float().repeat_interleave(self.codes.shape[0] // len(self.costs), 1)

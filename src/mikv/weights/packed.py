@@ -25,7 +25,7 @@ from mikv.errors import CheckpointError
 from mikv.weights.imported import from_uniform
 from mikv.weights.weight import BCQWeight, group_of_column, num_groups
 
-_PLACE_OF_OUTPUT = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # in a word of AWQ
+_PLACE_OF_OUTPUT = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7], dtype=torch.int64, device="cpu")  # in a word of AWQ
 _AWQ_BITS = 4
 
 Shapes = dict[str, tuple[int, ...]]
@@ -138,7 +138,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     """The numbers of `bits` bits, 1 to 8, in int32 (..., W) from the lowest bit on: uint8 (..., 32 W / bits)."""
     block = bits // gcd(32, bits)  # words after which a number begins with a word again
     blocks = (words.long() & 0xFFFFFFFF).unflatten(-1, (-1, block))
-    numbers = torch.empty(*blocks.shape[:-1], 32 * block // bits, dtype=torch.uint8)
+    numbers = torch.empty(*blocks.shape[:-1], 32 * block // bits, dtype=torch.uint8, device=words.device)
     for i in range(numbers.shape[-1]):
         word, shift = divmod(i * bits, 32)
         number = blocks[..., word] >> shift

@@ -14,11 +14,13 @@ The hessian is the mean of x x^T over the layer's inputs x on calibration text: 
 trace((W - Q) H (W - Q)^T). Sources are named where the methods are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from mikv.arithmetic import own_arithmetic
 from mikv.errors import ConfigError, NumericsError
 from mikv.weights.alternating import alternating, with_offset
 from mikv.weights.calibrated import gptq, gptq_bcq, refined_bcq, refined_uniform
@@ -37,6 +39,10 @@ _CALIBRATED: dict[str, Callable[[Tensor, int, int, Tensor], BCQWeight]] = {
     "refined-uniform": refined_uniform,
 }
 _LEAST_IMPORTANCE = 0.01  # of the mean: columns that calibration never reached still count
+_SMALLEST_STEP = 2.0**-24
+_LEAST_LOSS = 0.05  # of the weights' root mean square
+_LOSS_OF_TWO_BITS, _LOSS_PER_BIT = 0.34, 0.53  # the same, of normal numbers in the best 2**bits levels (Max 1960)
+_NEXT_TO_NOTHING = 0.01
 _DATA_FREE: dict[str, Callable[[Tensor, Tensor, int], Coding]] = {
     "rtn": clipped_uniform,
     "greedy": greedy,
@@ -55,6 +61,7 @@ def follows_drift(method: str) -> bool:
     return needs_hessian(method) and method != "gptq"
 
 
+@own_arithmetic
 def solve(weight: Tensor, bits: int, group_size: int | None, method: str, hessian: Tensor | None = None) -> BCQWeight:
     """The coding of float32 (M, K) with `bits` planes and groups of so many columns, None being whole rows.
 
@@ -63,7 +70,7 @@ def solve(weight: Tensor, bits: int, group_size: int | None, method: str, hessia
 
     Raises:
         ConfigError: an argument that cannot work, or a hessian that is needed and missing.
-        NumericsError: weights or hessian are not finite, or too large for scales of 16 bits.
+        NumericsError: weights or hessian are not finite, or weights too large or too small for scales of 16 bits.
 
     """
     if needs_hessian(method) and hessian is None:
@@ -78,21 +85,38 @@ def solve(weight: Tensor, bits: int, group_size: int | None, method: str, hessia
     return as_uniform(coded) if method == "rtn" else coded
 
 
+@contextmanager
+def in_layer(name: str) -> Iterator[None]:
+    """Let errors of solvers, which know matrices only, begin with the layer's name."""
+    try:
+        yield
+    except (ConfigError, NumericsError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+@own_arithmetic
 def output_error(weight: Tensor, coded: BCQWeight, hessian: Tensor | None = None) -> float:
     """The mean squared error of the layer's output, relative to the output's mean square: trace(E H E^T) over W's.
 
-    Without a hessian that of the weights themselves.
+    Without a hessian that of the weights themselves. 0 where there is no output to be relative to: layers of zeros.
     """
-    difference = coded.dequantize() - weight
+    size = weight.abs().max()
+    if not bool(size > 0):
+        return 0.0
+    # whatever their size, squares neither overflow nor vanish
+    weight, difference = weight / size, (coded.dequantize() - weight) / size
     if hessian is None:
-        return float(difference.square().sum() / weight.square().sum().clamp_min(1e-30))
-    return float(((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum())
+        error, total = difference.square().sum(), weight.square().sum()
+    else:
+        hessian = hessian / hessian.abs().max().clamp_min(torch.finfo(hessian.dtype).tiny)
+        error, total = ((difference @ hessian) * difference).sum(), ((weight @ hessian) * weight).sum()
+    return float(error.clamp_min(0) / total) if bool(total > 0) else 0.0
 
 
 def column_importance(weight: Tensor, hessian: Tensor | None) -> Tensor:
     """What the error of each column costs, float32 (K,): the mean square of its input, or 1 if that is not known."""
     if hessian is None:
-        return torch.ones(weight.shape[1], device=weight.device)
+        return torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
     return damped(hessian, _LEAST_IMPORTANCE).diagonal()
 
 
@@ -111,6 +135,7 @@ def require_sound(weight: Tensor, bits: int, hessian: Tensor | None) -> None:
     if not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).any(1).sum())
         raise NumericsError(f"weights are NaN or infinite in {bad} of {weight.shape[0]} rows; is the checkpoint whole?")
+    _require_resolved(weight, bits)
     if hessian is None:
         return
     if hessian.shape != (weight.shape[1],) * 2 or hessian.dtype != torch.float32:
@@ -118,3 +143,23 @@ def require_sound(weight: Tensor, bits: int, hessian: Tensor | None) -> None:
         raise ConfigError(f"hessian is {hessian.dtype} {tuple(hessian.shape)}, not torch.float32 {expected}")
     if not bool(hessian.isfinite().all()):
         raise NumericsError("the layer's inputs on the calibration text are NaN or infinite; calibrate in float32")
+
+
+def _require_resolved(weight: Tensor, bits: int) -> None:
+    """Raise NumericsError if steps of the smallest 16-bit floats change the matrix more than `bits` bits do anyway.
+
+    A scale or offset is off by 2**-24 / sqrt(12), the root mean square, and a weight by as many as it has. Rows that
+    small are allowed where they are next to nothing of the matrix, as embeddings of unused tokens are.
+    """
+    size = weight.abs().max()
+    if not bool(size > 0):
+        return
+    rows = (weight / size).square().mean(1)  # (M,)
+    allowed = max(_LEAST_LOSS, _LOSS_OF_TWO_BITS * _LOSS_PER_BIT ** (bits - 2))
+    least = _SMALLEST_STEP * ((bits + 1) / 12) ** 0.5 / allowed
+    if bool(rows[rows.sqrt() * size < least].sum() > _NEXT_TO_NOTHING * rows.sum()):
+        around = float(rows.mean().sqrt() * size)
+        raise NumericsError(
+            f"weights are around {around:.1g}, too small for scales of 16 bits: bits={bits} takes {least:.1g} or more; "
+            "keep the layer as it is with modules_to_not_convert"
+        )

@@ -64,13 +64,13 @@ class BCQWeight:
         scales = self.scales.float()
         if not self.is_uniform:
             return scales
-        return scales * 0.5 ** torch.arange(self.bits, device=scales.device)[:, None, None]
+        return scales * 0.5 ** torch.arange(self.bits, dtype=torch.float32, device=scales.device)[:, None, None]
 
     def dequantize(self) -> Tensor:
         """The matrix it stands for, float32 (M, K)."""
         columns = group_of_column(self.in_features, self.group_size, self.planes.device)
         signs, scales = unpack_signs(self.planes, self.in_features), self.plane_scales()
-        total = torch.zeros(self.out_features, self.in_features, device=self.planes.device)
+        total = torch.zeros(self.out_features, self.in_features, dtype=torch.float32, device=self.planes.device)
         for sign, scale in zip(signs, scales, strict=True):
             total += sign * scale[:, columns]  # (M, K)
         return total if self.offset is None else total + self.offset[0].float()[:, columns]
@@ -107,7 +107,7 @@ def require_group_size(in_features: int, group_size: int | None, name: str = "gr
 
 def group_of_column(in_features: int, group_size: int, device: torch.device | None = None) -> Tensor:
     """The group of every column, int64 (K,)."""
-    return torch.arange(in_features, device=device) // group_size
+    return torch.arange(in_features, dtype=torch.int64, device=device) // group_size
 
 
 def pack_signs(positive: Tensor) -> Tensor:

@@ -103,7 +103,9 @@ def test_typing_and_choosing_filter_the_rows(shown):
 
 
 def test_a_task_and_the_families_to_draw_are_chosen(shown):
-    points = "document.querySelector('.chart').data.reduce((sum, trace) => sum + (trace.hovertext?.length ?? 0), 0)"
+    points = (
+        "document.querySelectorAll('.chart')[1].data.reduce((sum, trace) => sum + (trace.hovertext?.length ?? 0), 0)"
+    )
     assert shown.evaluate(points) == len(made_up_records.CACHES) - 1
     shown.locator(".chip[data-family=eviction]").click()
     assert shown.evaluate(points) == len(made_up_records.CACHES) - 1 - 3
@@ -162,6 +164,43 @@ def test_the_arrow_keys_go_from_token_to_token(shown, tiny_map):
     for _ in range(3):
         shown.keyboard.press("ArrowRight")
     assert f"position 2 of {len(tiny_map.texts)}" in shown.locator("#map-tip").text_content()
+
+
+@pytest.fixture(scope="module")
+def long_names(tmp_path_factory):
+    """A page with names as long as they come."""
+    folder = tmp_path_factory.mktemp("long")
+    settings = "mikv:balanced+importance_ratio=0+min_recent=0+low_k=int3+policy_options={}+warmup_tokens=128"
+    model, task = (
+        "models/An-Uncommonly-Long-Name-Of-A-Model-0.5B-Instruct",
+        "variable-tracking:chains=4,hops=3,length=2000",
+    )
+    made = [
+        made_up_records.record(task, model, "int4") | {"cache": cache, "task": one}
+        for cache in (settings, "int4")
+        for one in (task, "text")
+    ]
+    made += [made_up_records.skipped(task, model, "q" * 90, "needs " + "w" * 120)]
+    html = page(
+        read_eval_records([made_up_records.write(folder / "a.jsonl", made)]), None, ["b" * 90], date(2026, 1, 2)
+    )
+    (folder / "out.html").write_text(html, encoding="utf-8")
+    return folder / "out.html"
+
+
+@pytest.mark.parametrize("width", [320, 390, 800])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_wider_than_a_phone(browser, file, long_names, width, scheme):
+    for one in (file, long_names):
+        with opened(browser, one, viewport={"width": width, "height": 800}, color_scheme=scheme) as tab:
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_task_without_scores_shows_no_chart_of_them(shown):
+    assert shown.locator(".chart:visible").count() == 4
+    shown.locator("#curve-task").select_option(made_up_records.TASKS[2])
+    assert shown.locator(".chart:visible").count() == 2
+    assert shown.locator(".extent:visible").all_text_contents() == [made_up_records.TASKS[2]] * 2
 
 
 def test_a_dark_phone_shows_all_of_it_and_a_tap_tells_of_a_token(browser, file, tiny_map):

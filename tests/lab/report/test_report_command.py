@@ -1,5 +1,9 @@
 """`mikv report`: files written, options that belong together, refusals before a model reads anything."""
 
+import os
+import subprocess
+import sys
+
 import made_up_records
 import pytest
 from typer.testing import CliRunner
@@ -48,6 +52,18 @@ def test_records_of_several_files_are_shown_together(tmp_path):
     result = report(*files, "--html", tmp_path / "out.html")
     assert result.exit_code == 0, result.output
     assert "2 models, 1 task, 4 records · 0.jsonl, 1.jsonl" in (tmp_path / "out.html").read_text(encoding="utf-8")
+
+
+@needs_plotly
+@pytest.mark.parametrize("setting", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_of_ascii_alone_is_no_error(setting, tmp_path):
+    made = made_up_records.record(made_up_records.TASKS[0], "m", "int4") | {"command": "mikv eval \udcc3 …"}
+    records, out = made_up_records.write(tmp_path / "é.jsonl", [made]), tmp_path / "ü.html"
+    environment = os.environ | {"PYTHONCOERCECLOCALE": "0"} | setting
+    command = [sys.executable, "-c", "from mikv.cli import main; main()", "report", str(records), "--html", str(out)]
+    result = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert "1 record" in out.read_text(encoding="utf-8")
 
 
 @needs_plotly

@@ -6,8 +6,8 @@ import made_up_records
 import pytest
 
 from mikv.cache_names import spellings
-from mikv.lab.report.curves import best_within, cost, incomplete, negative_score, pareto_front, points
-from mikv.lab.report.families import family_of
+from mikv.lab.report.curves import best_within, cost, incomplete, negative_score, overview, pareto_front, points
+from mikv.lab.report.families import FAMILIES, OTHER, family_of, method_of
 from mikv.lab.report.needles import needle_maps
 from mikv.lab.report.tables import COLUMNS, divergence
 
@@ -90,6 +90,44 @@ def test_the_best_of_a_budget_comes_with_the_best_of_another_family():
 )
 def test_a_name_says_the_family(cache, family):
     assert family_of(cache).name == family
+
+
+@pytest.mark.parametrize(
+    ("cache", "config", "family"),
+    [
+        ("mikv:balanced+importance_ratio=0+min_recent=0", None, "one precision, mikv's transforms"),
+        ("mikv:small+low_k=int4+importance_ratio=0.0", None, "one precision, mikv's transforms"),
+        ("mikv:mine.json", {"importance_ratio": 0, "low_k": "int4"}, "one precision, mikv's transforms"),
+        ("mikv:mine.json", {"importance_ratio": 0.1, "low_k": "drop"}, "eviction"),
+        ("mikv:balanced+low=drop", None, "eviction"),
+        ("mikv:balanced+importance_ratio=0.05", None, "mikv"),
+        ("mikv:mine.json", {"importance_ratio": 0.1, "low_k": "int4"}, "mikv"),
+        ("int4", {"importance_ratio": 0, "low_k": "int4"}, "uniform"),
+        ("kivi2", {"importance_ratio": 0, "low_k": "int2"}, "kivi"),
+    ],
+)
+def test_settings_say_the_family_of_mikv_s_own_caches(cache, config, family):
+    assert family_of(cache, config).name == family
+    assert method_of(cache, config) in family_of(cache, config).methods
+
+
+def test_no_two_methods_share_a_shape():
+    methods = [method for family in (*FAMILIES, OTHER) for method in family.methods]
+    for shape in ("symbol", "marker", "glyph"):
+        assert len({getattr(method, shape) for method in methods}) == len(methods)
+
+
+def test_the_overview_compares_what_most_caches_were_measured_on():
+    everywhere = [cell(cache, 0.3, 0.1, task=task) for cache in ("int4", "int3") for task in "abc"]
+    own = [*everywhere, *(cell("kivi2", 0.2, 0.1, task=task) for task in "bc"), cell("h2o@0.2", 0.2, 0.1, task="a")]
+    view = overview(own)
+    assert view.score.tasks == ("b", "c")  # of the tasks with most caches, the largest set
+    assert names(view.score.points) == ["kivi2", "int3", "int4"]
+    assert view.score.missing == ("h2o@0.2",)
+    assert view.score.extent == "mean over b, c; not measured there: h2o@0.2"
+    texts = [cell("int4", 0.3, 0.5, None, "text", None)]
+    assert overview([*own, *texts]).kl.tasks == ("text",)
+    assert overview(texts).score is None
 
 
 def test_every_cache_that_can_be_named_has_a_family():

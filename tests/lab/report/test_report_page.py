@@ -4,6 +4,7 @@ import json
 import re
 from datetime import date
 from itertools import pairwise
+from statistics import stdev
 from types import SimpleNamespace
 
 import made_up_records
@@ -47,11 +48,99 @@ def test_every_measured_cell_is_a_row(made):
 
 def test_points_and_fronts_are_in_the_data(made):
     [small, _] = data_of(made)["curves"]
-    assert list(small["tasks"]) == ["all tasks", *made_up_records.TASKS]
-    view = small["tasks"]["all tasks"]
+    assert list(small["tasks"]) == ["overview", *made_up_records.TASKS]
+    view = small["tasks"]["overview"]
     assert {point["cache"] for point in view["points"]} == set(made_up_records.CACHES) - {"full"}
     assert view["full_score"] == 1
     assert view["fronts"]["kl"][1:] == ["mikv:small", "mikv:balanced", "mikv:lossless", "int8"]
+
+
+def uneven_records(model="m"):
+    """As one evaluates: all caches on texts, some on one task, fewer on another, one on tasks alone."""
+    texts, first, second = ("text:kind=prose", "text:kind=code"), "line-retrieval", "needle:length=1024"
+    made = [made_up_records.record(task, model, cache) for task in texts for cache in made_up_records.CACHES]
+    made = [record for record in made if record["cache"] != "h2o@0.25"]
+    some = ("full", "mikv:small", "int4", "h2o@0.25")
+    made += [made_up_records.record(first, model, cache) for cache in some]
+    return made + [made_up_records.record(second, model, cache) for cache in some[:2]]
+
+
+def read(made, folder):
+    return read_eval_records([made_up_records.write(folder / "a.jsonl", made)])
+
+
+def test_the_page_opens_with_every_cache_that_was_measured(tmp_path):
+    html = page(read(uneven_records(), tmp_path), None, ["a.jsonl"], date(2026, 1, 2))
+    [model] = data_of(html)["curves"]
+    name, view = next(iter(model["tasks"].items()))
+    assert {point["cache"] for point in view["points"]} == set(made_up_records.CACHES) - {"full"}
+    assert view["extents"]["score"] == "line-retrieval"
+    assert view["extents"]["kl"] == "mean over text:kind=prose, text:kind=code"
+    assert name in re.search(r'<select id="curve-task">.*?</option>', html)[0]
+    # the summary is of the same panel, and says so
+    assert "<small>mean over text:kind=prose, text:kind=code</small>" in html
+
+
+@pytest.mark.skipif(not is_installed("matplotlib"), reason="needs matplotlib: pip install 'mikv[report]'")
+def test_pictures_show_the_numbers_of_the_page(tmp_path, monkeypatch):
+    found = read([*uneven_records(), *made_up_records.records()], tmp_path)
+    curves = data_of(page(found, None, ["a.jsonl"], date(2026, 1, 2)))["curves"]
+    monkeypatch.setattr("matplotlib.pyplot.close", lambda figure: figures.append(figure))
+    figures = []
+    draw(found, None, tmp_path / "png")
+    assert len(figures) == len(curves) == 3
+    for figure, model in zip(figures, curves, strict=True):
+        view = next(iter(model["tasks"].values()))
+        for axes, value in zip(figure.axes, ("score", "kl"), strict=True):
+            drawn = [tuple(at) for one in axes.collections for at in getattr(one, "get_offsets", list)().tolist()]
+            drawn = [at for at in drawn if at != (0.0, 0.0)]
+            wanted = [(point["ratio"], point[value]) for point in view["points"] if point[value] is not None]
+            assert len(drawn) == len(wanted) > 0
+            assert sum(sorted(drawn), ()) == pytest.approx(sum(sorted(wanted), ()))
+            assert view["extents"][value].replace("mean over ", "") in axes.get_title(loc="left").replace("\n", " ")
+            names = {text.get_text() for text in axes.texts}
+            assert {"kivi4", "zipcache", "quanto4"} <= names or value == "score"
+
+
+def test_bars_are_the_standard_error_over_samples(made):
+    view = data_of(made)["curves"][0]["tasks"][made_up_records.TASKS[2]]
+    for point in view["points"]:
+        details = made_up_records.record(made_up_records.TASKS[2], made_up_records.MODELS[0], point["cache"])["details"]
+        kl = [detail["kl_mean"] for detail in details]
+        assert point["kl_stderr"] == pytest.approx(stdev(kl) / len(kl) ** 0.5)
+        assert point["score_stderr"] is None
+
+
+def test_a_page_without_scores_has_no_chart_of_scores(tmp_path):
+    texts = [record for record in uneven_records() if record["score"] is None]
+    html = page(read(texts, tmp_path), None, ["a.jsonl"], date(2026, 1, 2))
+    assert re.findall(r'data-value="(\w+)"', html) == ["kl"]
+    skipped = made_up_records.skipped("a", "m", "quanto4", "not installed")
+    html = page(read([skipped], tmp_path), None, ["a.jsonl"], date(2026, 1, 2))
+    assert 'class="chart"' not in html
+    assert "<section hidden>\n<h2>Size and quality" in html
+
+
+def ratio_of_contrast(one, other):
+    """As the guidelines for accessible pages define it, of two colors like #1f2328."""
+
+    def luminance(color):
+        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_words_of_the_precision_map_can_be_read_and_its_tiers_told_apart(made):
+    themes = [dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", made, re.DOTALL)]
+    assert len(themes) == 2
+    for theme in themes:
+        surface = "#ffffff" if theme["surface"] == "#fff" else theme["surface"]
+        for tier in ("high", "kept"):
+            assert ratio_of_contrast(theme["ink"], theme[tier]) >= 4.5
+            assert ratio_of_contrast(surface, theme[tier]) >= 2.5
 
 
 def test_skipped_caches_circumstances_and_meanings_are_told(made):

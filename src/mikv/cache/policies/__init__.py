@@ -13,6 +13,7 @@ from mikv.cache.policies.random import Random
 from mikv.cache.policies.recency import Recency
 from mikv.cache.policies.snapkv import SnapKV
 from mikv.cache.policies.window import Window
+from mikv.choices import did_you_mean, shown
 from mikv.errors import ConfigError
 
 _POLICIES: dict[str, type[ImportancePolicy]] = {}
@@ -29,19 +30,25 @@ def register_policy(policy: type[ImportancePolicy]) -> type[ImportancePolicy]:
     return policy
 
 
+def policy_names() -> list[str]:
+    """The names of all registered policies."""
+    return sorted(_POLICIES)
+
+
 def make_policy(name: str, options: Mapping[str, Any]) -> ImportancePolicy:
     """The policy `name` with its options. Raises ConfigError for an unknown name or option."""
     policy = _POLICIES.get(name) if isinstance(name, str) else None
     if policy is None:
         raise ConfigError(
-            f"policy={name!r} is not one of {', '.join(sorted(_POLICIES))}; your own needs mikv.register_policy first"
+            f"policy={shown(name)} is not one of {', '.join(policy_names())}{did_you_mean(name, _POLICIES)}; "
+            "your own needs mikv.register_policy first"
         )
     try:
         return policy(**options)
     except TypeError as error:
         known = ", ".join(signature(policy).parameters) or "none"
         raise ConfigError(
-            f"policy {name!r} does not take the options {dict(options)!r}: {error}; it takes {known}"
+            f"policy {name!r} does not take the options {shown(dict(options))}: {str(error)[:200]}; it takes {known}"
         ) from error
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from mikv.cache.policies.normalized import Normalized
+from mikv.cache.settings import require_count
+from mikv.choices import shown
 from mikv.errors import ConfigError
 
 
@@ -26,10 +28,9 @@ class Far(Normalized):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.distance, int) or isinstance(self.distance, bool) or self.distance < 0:
-            raise ConfigError(f"policy option distance={self.distance!r} must be a number of tokens, 0 or more")
+        require_count("policy option distance", self.distance)
         if not isinstance(self.norms, bool):
-            raise ConfigError(f"policy option norms={self.norms!r} must be True or False")
+            raise ConfigError(f"policy option norms={shown(self.norms)} must be True or False")
 
     @property
     def attention_distance(self) -> int:

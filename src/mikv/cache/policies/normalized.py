@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mikv.cache.policies.base import ImportancePolicy
-from mikv.errors import ConfigError
+from mikv.cache.settings import require_count
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,7 @@ class Normalized(ImportancePolicy):
     name: ClassVar[str] = "normalized"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.stride, int) or self.stride < 1:
-            raise ConfigError(f"policy option stride={self.stride!r} must be a whole number, 1 or more")
+        require_count("policy option stride", self.stride, least=1, unit="queries")
 
     def counted_queries(self, num_queries: int) -> slice:
         return slice((num_queries - 1) % self.stride, None, self.stride)

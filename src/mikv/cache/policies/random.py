@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from mikv.cache.policies.base import ImportancePolicy
+from mikv.cache.settings import MOST
+from mikv.choices import shown
 from mikv.errors import ConfigError
 
 
@@ -19,8 +21,8 @@ class Random(ImportancePolicy):
     uses_attention: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.seed, int):
-            raise ConfigError(f"policy option seed={self.seed!r} must be a whole number")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or abs(self.seed) > MOST:
+            raise ConfigError(f"policy option seed={shown(self.seed)} must be a whole number of 32 bits")
 
     def priority(self, scores: Tensor, positions: Tensor, num_tokens: int) -> Tensor:
         # the finaliser of MurmurHash3, on 32 bits held in int64

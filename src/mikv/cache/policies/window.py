@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from mikv.cache.policies.base import ImportancePolicy
+from mikv.cache.settings import require_count
 from mikv.errors import ConfigError
+
+_WIDEST_POOL = 65_535
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,10 @@ class Window(ImportancePolicy):
     name: ClassVar[str] = "window"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.window, int) or self.window < 1:
-            raise ConfigError(f"policy option window={self.window!r} must be a number of queries, 1 or more")
-        if not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
-            raise ConfigError(f"policy option pool={self.pool!r} must be an odd number of tokens")
+        require_count("policy option window", self.window, least=1, unit="queries")
+        require_count("policy option pool", self.pool, least=1, most=_WIDEST_POOL)
+        if self.pool % 2 == 0:
+            raise ConfigError(f"policy option pool={self.pool} must be an odd number of tokens")
 
     def counted_queries(self, num_queries: int) -> slice:
         return slice(max(0, num_queries - self.window), None, 1)

@@ -7,7 +7,7 @@ widths together cost least is found by mikv.weights.allocation.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mikv.errors import ConfigError
+from mikv.errors import ConfigError, NumericsError
 from mikv.integrations.quantizer import modules
 from mikv.integrations.quantizer.calibrate import stages
 from mikv.integrations.quantizer.config import BCQConfig, ModuleSettings
+from mikv.integrations.quantizer.journal import Journal
 from mikv.weights.allocation import Offer, allocate
-from mikv.weights.solve import follows_drift, needs_hessian, solve
+from mikv.weights.solve import follows_drift, in_layer, needs_hessian, solve
 from mikv.weights.weight import MOST_BITS, num_groups, require_group_size
 
 _PROBE_BITS = 2
@@ -51,12 +52,14 @@ def bits_for_budget(
     budget_bits: float,
     chunks: list[Tensor],
     on_progress: OnProgress = lambda name, done, total: None,
+    journal: Journal | None = None,
 ) -> dict[str, int]:
     """Bits by layer, so that the quantized matrices take at most `budget_bits` per weight, scales included.
 
     `chunks` are token ids (1, T), of which two pieces are predicted and a quarter calibrated on. Layers whose bits
-    `config.module_settings` gives keep them. The model is as before. Raises ConfigError for a budget that no numbers of
-    bits meet, and for a layer that no token reaches.
+    `config.module_settings` gives keep them; costs that `journal` has are taken from it, and others go there. The model
+    is as before. Raises ConfigError for a budget that no numbers of bits meet and for a layer that no token reaches,
+    NumericsError for predictions that are not finite.
     """
     config = config.resolved(calibrated=True)
     modules.fix_skipped(model, config)
@@ -72,13 +75,17 @@ def bits_for_budget(
     }
     num_weights = sum(rows * columns for rows, columns in sizes.values())
     _require_enough(offers, num_weights, budget_bits)  # before minutes of measuring
-    probes = [chunk[:, :_PROBE_TOKENS] for chunk in chunks[:: -(-len(chunks) // _PROBES)]]
-    exact = [_log_probabilities(model, probe) for probe in probes]
     measured = [name for name in names if name not in fixed]
-    for done, (name, hessian) in enumerate(with_hessians(model, measured, config, chunks), start=1):
-        cost = _cost(model, name, settings[name], hessian, probes, exact)
-        offers[name] = offers_of(sizes[name], settings[name], cost)
+    known = {} if journal is None else {name: cost for name in measured if (cost := journal.cost(name)) is not None}
+    probes = [chunk[:, :_PROBE_TOKENS] for chunk in chunks[:: -(-len(chunks) // _PROBES)]]
+    exact = [_log_probabilities(model, probe) for probe in probes] if set(measured) - set(known) else []
+    unknown = with_hessians(model, [name for name in measured if name not in known], config, chunks)
+    for done, (name, hessian) in enumerate(unknown, start=1 + len(known)):
+        known[name] = _cost(model, name, settings[name], hessian, probes, exact)
+        if journal is not None:
+            journal.keep_cost(name, known[name])
         on_progress(name, done, len(measured))
+    offers |= {name: offers_of(sizes[name], settings[name], cost) for name, cost in known.items()}
     return within_budget(offers, num_weights, budget_bits)
 
 
@@ -163,7 +170,8 @@ def _cost(
     module: Any = model.get_submodule(name)
     weight = module.weight.data  # of the parameter, which a tied output head shares
     method = _DATA_FREE if hessian is None else _CALIBRATED
-    rounded = solve(modules.matrix(module), _PROBE_BITS, settings.group_size, method, hessian).dequantize()
+    with in_layer(name):
+        rounded = solve(modules.matrix(module), _PROBE_BITS, settings.group_size, method, hessian).dequantize()
     module.weight.data = (rounded.T if isinstance(module, Conv1D) else rounded).to(weight.dtype)
     try:
         found = [_log_probabilities(model, chunk) for chunk in chunks]
@@ -171,10 +179,15 @@ def _cost(
         module.weight.data = weight
     pairs = zip(found, exact, strict=True)
     total = sum(float(kl_div(x, y, log_target=True, reduction="batchmean")) for x, y in pairs)
+    if not isfinite(total):
+        raise NumericsError(f"{name}: rounding it makes predictions NaN or infinite; load the model in float32")
     return max(0.0, total / len(chunks))  # rounding can make nothing less than nothing
 
 
 @torch.no_grad()
 def _log_probabilities(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Of the next token after each: (T, V) float32."""
-    return model(tokens.to(model.device), use_cache=False).logits[0].float().log_softmax(-1)
+    logits: Tensor = model(tokens.to(model.device), use_cache=False).logits[0].float()
+    if not bool((logits < torch.inf).all()):
+        raise NumericsError("the model's predictions on the calibration text are NaN or infinite; load it in float32")
+    return logits.log_softmax(-1)

@@ -9,13 +9,14 @@ from typing import Any, Self
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mikv.choices import did_you_mean, require_one_of
 from mikv.errors import CheckpointError, ConfigError
 from mikv.integrations.discovery import QUANT_METHOD
 from mikv.weights.nested import PRECISIONS
 from mikv.weights.solve import METHODS, needs_hessian
 from mikv.weights.weight import GROUP_STEP, MOST_BITS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: with checksums
 AUTO = "auto"
 IMPORT = "import"  # codes that a file has already
 _NESTED_BITS = PRECISIONS[:-1]
@@ -60,8 +61,7 @@ class BCQConfig(QuantizationConfigMixin):
         _require_format(self.format)
         _require_bits("bits", self.bits)
         _require_group_size("group_size", self.group_size)
-        if self.method not in (AUTO, IMPORT, *METHODS):
-            raise ConfigError(f"method={self.method!r} is not one of {AUTO}, {', '.join(METHODS)}, {IMPORT}")
+        require_one_of("method", self.method, (AUTO, *METHODS, IMPORT))
         for name in ("quantize_embeddings", "uniform", "offset"):
             _require_flag(name, getattr(self, name), name != "quantize_embeddings")
         self._check_modules()
@@ -100,6 +100,11 @@ class BCQConfig(QuantizationConfigMixin):
             raise ConfigError(f"method={self.method!r} cannot find nested weights; use 'auto' with nested_bits")
         if any("bits" in changes for changes in self.module_settings.values()):
             raise ConfigError("nested_bits cannot be combined with bits of single layers in module_settings")
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether a saved model has a checksum of every tensor."""
+        return self.format >= 2
 
     @property
     def precisions(self) -> tuple[int, ...]:
@@ -147,7 +152,8 @@ class BCQConfig(QuantizationConfigMixin):
         _require_format(settings.get("format", FORMAT_VERSION))
         known = sorted(f.name for f in fields(cls) if f.init)
         if unknown := sorted(set(settings) - set(known)):
-            raise ConfigError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(known)}")
+            near = did_you_mean(unknown[0], known)
+            raise ConfigError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(known)}{near}")
         config = cls(**settings)
         return (config, kwargs) if return_unused_kwargs else config
 

@@ -1,5 +1,8 @@
 """Which layers of a model are quantized, and how they are exchanged. Matrices are (M, K): outputs, inputs."""
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from mikv.errors import ConfigError, UnsupportedModelError
 from mikv.integrations.quantizer.config import BCQConfig, ModuleSettings
+from mikv.integrations.quantizer.tensor_files import headers
 from mikv.ops import MatmulShape
 from mikv.weights.embedding import BCQEmbedding, TiedHead
 from mikv.weights.linear import BCQLinear
@@ -19,7 +22,24 @@ from mikv.weights.weight import require_group_size
 
 
 def fix_skipped(model: PreTrainedModel, config: BCQConfig) -> None:
-    """Write into `config` which layers stay as they are, those that transformers never quantizes among them."""
+    """Write into `config` which layers stay as they are, those that transformers never quantizes among them.
+
+    Raises ConfigError for an entry of modules_to_not_convert that no module answers to, UnsupportedModelError for a
+    model with adapters, whose small matrices would be taken for layers.
+    """
+    if getattr(model, "peft_config", None):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has adapters (LoRA or others); merge them first: model = model.merge_and_unload()"
+        )
+    correct_ties(model)
+    names = [name for name, _ in model.named_modules() if name]
+    for entry in config.modules_to_not_convert or ():
+        if not any(_is_meant(name, entry) for name in names):
+            near = get_close_matches(entry, {*names, *(name.rpartition(".")[2] for name in names)}, n=1)
+            raise ConfigError(
+                f"modules_to_not_convert names {entry!r}, which is no module of the model and no end of a module's name"
+                + (f"; did you mean {near[0]!r}?" if near else f"; modules are {', '.join(names[:3])} ...")
+            )
     skipped = HfQuantizer.get_modules_to_not_convert(
         model, config.modules_to_not_convert or [], model._keep_in_fp32_modules, add_default_skips=True
     )
@@ -34,7 +54,9 @@ def linear_names(model: PreTrainedModel, config: BCQConfig) -> list[str]:
     settings of layers that do not exist.
     """
     skipped = config.modules_to_not_convert or []
-    chosen = {name: m for name, m in model.named_modules() if name and should_convert_module(name, skipped)}
+    chosen = {
+        name: m for name, m in model.named_modules() if name and not any(_is_meant(name, entry) for entry in skipped)
+    }
     _refuse_experts(chosen)
     head, embedding = embedding_names(model) if config.quantize_embeddings else (None, None)
     tied = {head} if head is not None and is_tied(model) else set()
@@ -53,6 +75,11 @@ def linear_names(model: PreTrainedModel, config: BCQConfig) -> list[str]:
     return names
 
 
+def _is_meant(name: str, entry: str) -> bool:
+    """Whether an entry of modules_to_not_convert, which is text and no pattern, is a module or has it below it."""
+    return name == entry or name.startswith(f"{entry}.") or name.endswith(entry)
+
+
 def embedding_names(model: PreTrainedModel) -> tuple[str | None, str | None]:
     """The output head and the token embedding."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -64,6 +91,30 @@ def is_tied(model: PreTrainedModel) -> bool:
     """Whether the output head reads the token embedding's weights."""
     head, embedding = embedding_names(model)
     return model.all_tied_weights_keys.get(f"{head}.weight") == f"{embedding}.weight"
+
+
+def correct_ties(model: PreTrainedModel, files: Sequence[Path] = ()) -> None:
+    """Untie an output head that has weights of its own, whatever config.json says; `files` are to be loaded."""
+    head, embedding = embedding_names(model)
+    if head is None or embedding is None or not _has_own_weights(model, head, embedding, files):
+        return
+    model.all_tied_weights_keys.pop(f"{head}.weight", None)
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+
+
+def _has_own_weights(model: PreTrainedModel, head: str, embedding: str, files: Sequence[Path]) -> bool:
+    own, rows = (model.get_submodule(name)._parameters.get("weight") for name in (head, embedding))
+    if own is None or rows is None:
+        return False
+    if not own.is_meta:
+        return own is not rows
+    found = headers(files)
+    if f"{head}.planes" in found:
+        return True
+    both = [found[name] for name in (f"{head}.weight", f"{embedding}.weight") if name in found]
+    return len(both) == 2 and not torch.equal(both[0].read(), both[1].read())
 
 
 def require_embeddings(model: PreTrainedModel) -> tuple[str, str]:
@@ -155,7 +206,7 @@ def _refuse_experts(modules: dict[str, nn.Module]) -> None:
         name
         for name, module in modules.items()
         if not isinstance(module, nn.modules.conv._ConvNd)
-        and any(p.ndim == 3 and min(p.shape[1:]) > 1 for p in module.parameters(recurse=False))
+        and any(p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
     ]
     if stacked:
         last = stacked[0].rpartition(".")[2]
@@ -168,7 +219,7 @@ def _refuse_experts(modules: dict[str, nn.Module]) -> None:
 def _refuse_shared(model: PreTrainedModel, names: list[str]) -> None:
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
-        weight: Any = getattr(module, "weight", None)
+        weight: Any = module._parameters.get("weight")  # adapters show that of the layer inside them
         if isinstance(weight, Tensor) and weight.device != torch.device("meta"):
             other = owners.setdefault(id(weight), name)
             if other != name and {name, other} & set(names):

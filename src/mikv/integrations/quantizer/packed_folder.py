@@ -3,7 +3,6 @@
 Knows nothing of transformers' models; which layers there are and how large, it is told.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,35 +10,39 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mikv.errors import CheckpointError, UnsupportedModelError
 from mikv.integrations.quantizer.packed_settings import PackedSettings
+from mikv.integrations.quantizer.tensor_files import Header, headers, weight_files
 
 _DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32")}  # safetensors' names
 _GROUPS = "g_idx"
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class PackedFolder:
-    """`files` has the file of every tensor by its name."""
+    """`tensors` has the header of every tensor by its name."""
 
     folder: Path
     settings: PackedSettings
-    files: Mapping[str, Path]
+    tensors: Mapping[str, Header]
 
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Read config.json and the names of all tensors. Raises MiKVError for what cannot be imported."""
-        return cls(folder, PackedSettings.read(folder), _files_of_tensors(folder))
+        settings = PackedSettings.read(folder)
+        if not (files := weight_files(folder)):
+            raise CheckpointError(
+                f"{folder} has no .safetensors file; the folder is incomplete, or holds another format"
+            )
+        return cls(folder, settings, headers(files))
 
     @cached_property
     def layers(self) -> list[str]:
         """Names of the packed layers. Raises CheckpointError for parts of one that has no codes."""
-        found = {name.removesuffix(".qweight") for name in self.files if name.endswith(".qweight")}
-        for name in sorted(self.files):
+        found = {name.removesuffix(".qweight") for name in self.tensors if name.endswith(".qweight")}
+        for name in sorted(self.tensors):
             layer, _, part = name.rpartition(".")
             if part in (*_DTYPES, _GROUPS) and layer not in found:
                 raise CheckpointError(
@@ -52,15 +55,13 @@ class PackedFolder:
     def plain(self) -> list[str]:
         """Names of all tensors but the packed matrices."""
         packed = {f"{layer}.{part}" for layer in self.layers for part in (*_DTYPES, _GROUPS)}
-        return sorted(set(self.files) - packed)
+        return sorted(set(self.tensors) - packed)
 
     def read(self, name: str) -> Tensor:
         """One tensor. Raises CheckpointError if it is not there or cut off."""
-        if name not in self.files:
+        if name not in self.tensors:
             raise CheckpointError(f"{self.folder} has no {name}; the folder is incomplete")
-        with _opened(self.files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+        return self.tensors[name].read()
 
     def read_layer(self, layer: str) -> dict[str, Tensor]:
         """What its matrix is made of."""
@@ -68,13 +69,12 @@ class PackedFolder:
 
     def require_shape(self, name: str, wanted: tuple[int, ...], reason: str) -> str:
         """The dtype of a tensor, which is not read. Raises CheckpointError unless it is there and of this shape."""
-        if name not in self.files:
+        if name not in self.tensors:
             raise CheckpointError(f"{self.folder} has no {name}; the folder is incomplete")
-        with _opened(self.files[name]) as file:
-            found = file.get_slice(name)
-            if (shape := tuple(found.get_shape())) != wanted:
-                raise CheckpointError(f"{name} is {shape}, but {wanted} {reason}; one of them is wrong")
-            return str(found.get_dtype())
+        found = self.tensors[name]
+        if found.shape != wanted:
+            raise CheckpointError(f"{name} is {found.shape}, but {wanted} {reason}; one of them is wrong")
+        return found.dtype
 
     def require_layer(self, layer: str, out_features: int, in_features: int) -> None:
         """Raise CheckpointError or UnsupportedModelError, naming the tensor, unless a layer can be imported."""
@@ -87,12 +87,14 @@ class PackedFolder:
             dtype = self.require_shape(f"{layer}.{part}", shape, reason)
             if dtype not in _DTYPES[part]:
                 raise CheckpointError(f"{layer}.{part} is {dtype}, not {' or '.join(_DTYPES[part])}")
-        if self.settings.desc_act or f"{layer}.{_GROUPS}" in self.files:
+        if self.settings.desc_act or f"{layer}.{_GROUPS}" in self.tensors:
             self._require_order(f"{layer}.{_GROUPS}", in_features)
         self._require_zeros(f"{layer}.qzeros")
 
     def _require_order(self, name: str, in_features: int) -> None:
-        in_order = torch.arange(in_features) // (self.settings.layout.group_size or in_features)
+        in_order = torch.arange(in_features, dtype=torch.int64, device="cpu") // (
+            self.settings.layout.group_size or in_features
+        )
         if not torch.equal(self.read(name).long(), in_order):
             raise UnsupportedModelError(
                 f"{name}: groups of inputs out of order (desc_act, also called act-order) cannot be imported; "
@@ -111,32 +113,3 @@ class PackedFolder:
                 f"{name}: all zero-points are {first}, where symmetric weights (sym) of {layout.bits} bits have "
                 f"{middle}; checkpoint_format in config.json should be the other one of gptq and gptq_v2"
             )
-
-
-def _files_of_tensors(folder: Path) -> dict[str, Path]:
-    files = _shards(folder)
-    names: dict[str, Path] = {}
-    for file in files:
-        with _opened(file) as tensors:
-            names |= dict.fromkeys(tensors.keys(), file)
-    return names
-
-
-def _shards(folder: Path) -> list[Path]:
-    """Those of the index, or the only safetensors file of the folder, which AutoGPTQ names as it likes."""
-    if (index := folder / _INDEX).is_file():
-        try:
-            return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}") from error
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        raise CheckpointError(f"{folder} has {len(files)} .safetensors files and no {_INDEX}; one is expected")
-    return files
-
-
-def _opened(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}; is the folder complete?") from error

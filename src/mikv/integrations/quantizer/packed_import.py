@@ -70,10 +70,10 @@ def import_packed(
 def _skeleton(folder: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """The model's configuration as it was before it was quantized, and the model without weights."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         del config.quantization_config
         with torch.device("meta"):
-            return config, AutoModelForCausalLM.from_config(config)
+            return config, AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"transformers cannot build the model of {folder}: {error}") from error
 
@@ -142,7 +142,9 @@ def _load(config: PreTrainedConfig, folder: Path, place: Path) -> PreTrainedMode
     config.save_pretrained(place)
     if (folder / _GENERATION).is_file():
         shutil.copy(folder / _GENERATION, place)
-    model, info = AutoModelForCausalLM.from_pretrained(place, dtype="auto", output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        place, dtype="auto", output_loading_info=True, trust_remote_code=False
+    )
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{folder} has no {missing[0]}; the folder is incomplete")
     model.name_or_path = model.config.name_or_path = str(folder)

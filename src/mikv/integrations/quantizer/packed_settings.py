@@ -1,6 +1,5 @@
 """What the config.json of a folder says of weights that GPTQ or AWQ packed; what cannot be imported is refused."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any, Self
 
 from mikv.errors import CheckpointError, ConfigError, UnsupportedModelError
 from mikv.integrations.quantizer.config import IMPORT, BCQConfig
+from mikv.integrations.quantizer.foreign import method_of
+from mikv.integrations.quantizer.tensor_files import read_json
 from mikv.weights.packed import AWQLayout, GPTQLayout, Layout
 
 _BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
@@ -28,7 +29,8 @@ class PackedSettings:
         """Raises ConfigError if there is nothing to import, UnsupportedModelError or CheckpointError if it cannot."""
         found = _quantization_config(folder)
         method = found.get("quant_method")
-        if method not in _BITS:
+        if method not in tuple(_BITS):
+            method = method_of(read_json(folder / "config.json"), folder)
             raise ConfigError(
                 f"{folder} has nothing to import (quant_method {method!r}); it is the folders whose config.json has a "
                 f"quantization_config with quant_method {' or '.join(_BITS)} that can be imported, and .gguf files"
@@ -62,16 +64,12 @@ class PackedSettings:
 
 def is_packed(source: Path) -> bool:
     """Whether `source` is a folder whose config.json names a quant_method that can be imported."""
-    return (source / "config.json").is_file() and _quantization_config(source).get("quant_method") in _BITS
+    return (source / "config.json").is_file() and _quantization_config(source).get("quant_method") in tuple(_BITS)
 
 
 def _quantization_config(folder: Path) -> Mapping[str, Any]:
     """Empty for a model that is not quantized."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {folder}/config.json: {error}") from error
-    found = config.get("quantization_config") if isinstance(config, dict) else None
+    found = read_json(folder / "config.json").get("quantization_config")
     return found if isinstance(found, dict) else {}
 
 

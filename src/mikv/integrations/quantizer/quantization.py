@@ -1,24 +1,28 @@
 """`mikv.quantize`: exchange a model's linear layers for binary-coded ones, in place, one layer at a time."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mikv.errors import ConfigError, UnsupportedModelError
+from mikv.cache.geometry import context_length
+from mikv.errors import ConfigError, NumericsError, UnsupportedModelError
 from mikv.integrations.quantizer import modules
 from mikv.integrations.quantizer.budget import OnProgress, bits_for_budget, require_budget
 from mikv.integrations.quantizer.calibrate import Stage, stages, token_chunks
 from mikv.integrations.quantizer.config import BCQConfig
+from mikv.integrations.quantizer.journal import Journal
+from mikv.integrations.quantizer.reading import require_readable
 from mikv.weights.drift import made_up
 from mikv.weights.embedding import BCQEmbedding
 from mikv.weights.linear import BCQLinear
 from mikv.weights.module import BCQModule
 from mikv.weights.nested import nest
-from mikv.weights.solve import follows_drift, needs_hessian, output_error, solve
+from mikv.weights.solve import follows_drift, in_layer, needs_hessian, output_error, solve
 from mikv.weights.weight import BCQWeight
 
 MAX_TOKENS = 16384
@@ -61,7 +65,7 @@ class QuantizationReport:
 def quantize(
     model: PreTrainedModel,
     config: BCQConfig,
-    calibration: Sequence[str] | None = None,
+    calibration: Iterable[str] | None = None,
     *,
     tokenizer: Any = None,
     max_tokens: int = MAX_TOKENS,
@@ -69,24 +73,32 @@ def quantize(
     budget_bits: float | None = None,
     on_progress: Callable[[LayerReport, int, int], None] | None = None,
     on_measured: OnProgress | None = None,
+    journal: Journal | None = None,
 ) -> QuantizationReport:
     """Quantize `model` in place; `save_pretrained` then writes the result.
 
     `calibration` are texts; None takes a method that needs none. Up to `max_tokens` of their tokens go through the
-    model in pieces of `sequence_length`; `tokenizer` is by default the one of the model's folder. `budget_bits` gives
-    each layer bits of its own, so that all take at most so many per weight, scales included; what rounding it does to
-    predictions on the texts is measured first, and module_settings of the saved configuration has the result.
+    model in pieces of `sequence_length`, or less if the model reads less at once; `tokenizer` is by default the one of
+    the model's folder. `budget_bits` gives each layer bits of its own, so that all take at most so many per weight,
+    scales included; what rounding it does to predictions on the texts is measured first, and module_settings of the
+    saved configuration has the result.
 
     `on_progress` is called with a layer's report, its number from 1, and the number of layers, `on_measured` for a
-    budget with the name of a layer and these numbers. The model is left in eval mode; after an error load it again.
+    budget with the name of a layer and these numbers. `journal` keeps what is finished: after an interruption, load
+    the model again and pass a journal of the same folder, with the same settings and texts. The model is left in eval
+    mode; after an error load it again.
 
     Raises:
         ConfigError: settings that cannot work, or no text to calibrate on.
         UnsupportedModelError: the model is quantized already, or has layers that mikv would get wrong.
-        NumericsError: weights that are not finite.
+        NumericsError: weights, or inputs of layers, that are not finite.
+        CheckpointError: the journal cannot be written.
 
     """
     start = time.perf_counter()
+    for name, value in (("max_tokens", max_tokens), ("sequence_length", sequence_length)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1")
     require_plain(model)
     model.eval()
     if budget_bits is not None:
@@ -98,12 +110,15 @@ def quantize(
         modules.require_embeddings(model)
     chunks = None
     if calibration is not None:
-        chunks = token_chunks(calibration, tokenizer or _tokenizer_of(model), max_tokens, sequence_length)
+        longest = min(sequence_length, context_length(model.config) or sequence_length)
+        chunks = token_chunks(calibration, tokenizer or _tokenizer_of(model), max_tokens, longest)
+        require_readable(model, names, chunks)
     if budget_bits is not None:
         assert chunks is not None
-        _set_module_bits(config, bits_for_budget(model, config, budget_bits, chunks, on_measured or _ignore))
+        bits = bits_for_budget(model, config, budget_bits, chunks, on_measured or _ignore, journal)
+        _set_module_bits(config, bits)
     reports: list[LayerReport] = []
-    work = _Work(model, config)
+    work = _Work(model, config, journal)
     total = len(names) + len(work.embeddings)
     for report in work.run(names, chunks):
         reports.append(report)
@@ -130,16 +145,20 @@ def coded(
     seconds = time.perf_counter() - start
     best = codings[settings.bits]
     error = output_error(weight, best, hessian)
+    if not isfinite(error):
+        raise NumericsError(f"the error of the coding is {error}; weights or inputs are too large for float32")
     bits_per_weight = 8 * num_bytes / weight.numel()
     report = LayerReport(name, best.bits, best.group_size, bits_per_weight, weight.numel(), error, seconds)
     return codings, report
 
 
-def quantize_layer(model: PreTrainedModel, name: str, config: BCQConfig, stage: Stage | None) -> LayerReport:
+def quantize_layer(
+    model: PreTrainedModel, name: str, config: BCQConfig, stage: Stage | None, journal: Journal | None = None
+) -> LayerReport:
     """Exchange the linear layer or embedding `name`, of whose inputs `stage` tells; the new one is not arranged yet."""
     old = model.get_submodule(name)
     weight, hessian = modules.matrix(old), None if stage is None else stage.hessian
-    if stage is not None and stage.drift is not None:
+    if stage is not None and stage.hessian is not None and stage.drift is not None:
         weight = made_up(weight, stage.hessian, stage.drift)
     codings, report = coded(weight, name, config, hessian)
     new: BCQModule
@@ -148,8 +167,26 @@ def quantize_layer(model: PreTrainedModel, name: str, config: BCQConfig, stage: 
         new.output_dtype = old.weight.dtype
     else:
         new = BCQLinear.from_weights(codings, bias=modules.bias_of(old))
+    if journal is not None:
+        journal.layers.keep(name, {part: x for part, x in new.canonical() if part != "bias"}, asdict(report))
     modules.exchange(model, name, new)
     return report
+
+
+def _finished_layer(model: PreTrainedModel, name: str, config: BCQConfig, journal: Journal) -> LayerReport:
+    """Exchange the layer `name` for the one that the journal has."""
+    old = model.get_submodule(name)
+    weight: Any = old.weight
+    tensors, report = journal.layers.read(name)
+    precisions = config.precisions if config.nested_bits else (config.of_module(name).bits,)
+    new = modules.empty_like(old, config.of_module(name), precisions)
+    for part, tensor in tensors.items():
+        setattr(new, part, nn.Parameter(tensor.to(weight.device), requires_grad=False))
+    new.require_sound(name)
+    if isinstance(new, BCQEmbedding):
+        new.output_dtype = weight.dtype
+    modules.exchange(model, name, new)
+    return LayerReport(**report)
 
 
 def mark_quantized(model: PreTrainedModel, config: BCQConfig) -> None:
@@ -192,6 +229,7 @@ class _Work:
 
     model: PreTrainedModel
     config: BCQConfig
+    journal: Journal | None
 
     def __post_init__(self) -> None:
         self.embeddings: list[str] = []
@@ -204,9 +242,13 @@ class _Work:
     def run(self, names: list[str], chunks: list[Tensor] | None) -> Iterator[LayerReport]:
         """Quantize the layers and the embedding, as the reports are asked for."""
         observed = [*names, self.head] if self.head else names
+        done = self._done()
         all_stages: Iterator[Stage | None] = iter([None])
-        if chunks is not None:
-            all_stages = stages(self.model, observed, chunks, with_drift=follows_drift(self.config.method))
+        if set(observed) <= set(done):
+            all_stages = iter([Stage([name for name in done if name in observed])])
+        elif chunks is not None:
+            follow = follows_drift(self.config.method)
+            all_stages = stages(self.model, observed, chunks, with_drift=follow, done=done)
         of_head = None
         for stage in all_stages:
             for name in observed if stage is None else stage.names:
@@ -218,12 +260,24 @@ class _Work:
         for name in self.embeddings:
             yield self._quantize_embedding(name, of_head)
 
+    def _done(self) -> list[str]:
+        """What the journal has, in the order in which it was finished; the output head, if its embedding is there."""
+        done = [] if self.journal is None else list(self.journal.layers)
+        return [*done, self.head] if self.head and set(self.embeddings) <= set(done) else done
+
     def _exchange(self, name: str, config: BCQConfig, stage: Stage | None) -> LayerReport:
-        report = quantize_layer(self.model, name, config, stage)
+        if self.journal is not None and name in self.journal.layers:
+            report = _finished_layer(self.model, name, config, self.journal)
+        else:
+            report = self._quantize(name, config, stage)
         new = self.model.get_submodule(name)
         assert isinstance(new, BCQModule)
         new.arrange()
         return report
+
+    def _quantize(self, name: str, config: BCQConfig, stage: Stage | None) -> LayerReport:
+        with in_layer(name):
+            return quantize_layer(self.model, name, config, stage, self.journal)
 
     def _quantize_embedding(self, name: str, of_head: Stage | None) -> LayerReport:
         config = self.config

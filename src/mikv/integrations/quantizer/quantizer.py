@@ -1,5 +1,14 @@
-"""transformers' view of mikv's weights: what happens while `from_pretrained` and `save_pretrained` run."""
+"""transformers' view of mikv's weights: what happens while `from_pretrained` and `save_pretrained` run.
 
+Where mikv is not imported, transformers passes over weights that it does not know and makes random ones. So a file has
+two tensors more, of one byte: one by the name of a weight that transformers looks for, whose shape makes it refuse the
+file, and one whose name says why (`_NOTICE`).
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +18,18 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
 
 from mikv.errors import CacheStateError, CheckpointError, ConfigError, MiKVError
-from mikv.integrations.quantizer import modules
-from mikv.integrations.quantizer.config import BCQConfig
+from mikv.integrations.quantizer import checksums, modules
+from mikv.integrations.quantizer.completeness import missing_tensor, require_complete, require_layers
+from mikv.integrations.quantizer.config import FORMAT_VERSION, BCQConfig
 from mikv.integrations.quantizer.quantization import quantize_layer
+from mikv.integrations.quantizer.tensor_files import weight_files
 from mikv.weights.embedding import BCQEmbedding, TiedHead
+from mikv.weights.linear import BCQLinear
 from mikv.weights.module import BCQModule
+
+logger = logging.getLogger("mikv")
+
+_NOTICE = "mikv_bcq weights: write `import mikv` before from_pretrained"
 
 
 class BCQQuantizer(HfQuantizer):
@@ -41,6 +57,44 @@ class BCQQuantizer(HfQuantizer):
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ConfigError("device_map puts layers on the disk, where quantized weights cannot stay; use memory")
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Changes nothing: it is where config.json can be compared before a model is built by it."""
+        self._require_own_config(config)
+        return config
+
+    update_tp_plan = update_attn_implementation  # the same place in transformers 5.16
+
+    def _require_own_config(self, config: Any) -> None:
+        folder = Path(config.name_or_path or "")
+        if self.pre_quantized and (folder / checksums.CONFIG).is_file() and (files := weight_files(folder)):
+            if self.quantization_config.has_checksums:
+                checksums.require_config(folder, files)
+            else:
+                require_layers(getattr(config.get_text_config(), "num_hidden_layers", None), files)
+
+    def _require_sound_files(self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None) -> None:
+        files = [Path(file) for file in checkpoint_files or ()]
+        if not files:
+            return
+        if any(file.suffix != ".safetensors" for file in files):
+            raise CheckpointError(
+                f"{files[0]} is no safetensors file, and mikv writes no others; the folder is damaged"
+            )
+        if self.quantization_config.has_checksums:
+            if (files[0].parent / checksums.CONFIG).is_file():
+                checksums.require_config(files[0].parent, files)
+            checksums.require_tensors(files)
+        else:
+            logger.warning(
+                "%s was quantized by a mikv that wrote no checksums: damage that leaves shapes and ranges alone would "
+                "not be seen; load it and save_pretrained it to have them",
+                files[0].parent,
+            )
+        passed_over = [_NOTICE, *(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, BCQModule))]
+        require_complete(model, files, passed_over)
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, *(f"^{re.escape(name)}$" for name in passed_over)}
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Put empty quantized layers in place, or note which layers to quantize."""
         config = self.quantization_config
@@ -50,10 +104,13 @@ class BCQQuantizer(HfQuantizer):
                 "a model that is split over processes must have been quantized and saved before, with "
                 "quantize_embeddings=False"
             )
+        modules.correct_ties(model, [Path(file) for file in kwargs.get("checkpoint_files") or ()])
+        if self.pre_quantized:
+            _name_from_here(model, config)
         if not self.pre_quantized or config.modules_to_not_convert is None:
             modules.fix_skipped(model, config)
         names = modules.linear_names(model, config)
-        head, embedding = modules.require_embeddings(model) if config.quantize_embeddings else ("", "")
+        head, embedding = self._embeddings(model) if config.quantize_embeddings else ("", "")
         if embedding:
             names.append(embedding)
         _leave_alone(model, names)
@@ -69,6 +126,13 @@ class BCQQuantizer(HfQuantizer):
             modules.exchange(model, name, new)
         if is_tied:
             modules.tie_head(model, head, embedding)
+        self._require_sound_files(model, kwargs.get("checkpoint_files"))
+
+    def _embeddings(self, model: PreTrainedModel) -> tuple[str, str]:
+        """Output head and embedding; the head is "" for the body of a model that was saved with one."""
+        if self.pre_quantized and model.get_output_embeddings() is None:
+            return "", modules.embedding_names(model)[1] or ""
+        return modules.require_embeddings(model)
 
     def _precisions(self, name: str) -> tuple[int, ...]:
         config = self.quantization_config
@@ -100,7 +164,7 @@ class BCQQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, BCQModule) and not module.is_arranged:
                 if self.pre_quantized:
-                    _require_loaded(name, module)
+                    _require_loaded(model, name, module)
                 module.arrange()
         self.pre_quantized = True
 
@@ -108,14 +172,21 @@ class BCQQuantizer(HfQuantizer):
         """What save_pretrained writes. Raises CacheStateError for one process's part of a model."""
         if any(isinstance(module, BCQModule) and module.is_shard for module in model.modules()):
             raise CacheStateError("the model is split over processes; save it where it was quantized, in one")
-        return None, {}
+        state = model.state_dict()
+        first = next((name for name, module in model.named_modules() if isinstance(module, BCQLinear)), None)
+        if first is not None:
+            state |= {f"{first}.weight": torch.zeros(1, dtype=torch.uint8), _NOTICE: torch.zeros(1, dtype=torch.uint8)}
+        self.quantization_config.format = FORMAT_VERSION
+        return checksums.describe(model, state)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Plain layers with the weights that the codings stand for."""
+        # a name is what save_pretrained leaves in the configuration
+        of_weights: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         was_tied = any(isinstance(module, TiedHead) for module in model.modules())
         for name, module in list(model.named_modules()):
             if isinstance(module, (BCQModule, TiedHead)):
-                modules.exchange(model, name, _plain(module, dtype or model.dtype))
+                modules.exchange(model, name, _plain(module, of_weights))
         if was_tied:
             modules.remember_ties(model)
             model.tie_weights()
@@ -148,6 +219,15 @@ class _QuantizeOnLoad(ConversionOps):
         return {}
 
 
+def _name_from_here(model: PreTrainedModel, config: BCQConfig) -> None:
+    """Names as the body of a model has them, if the model is one: without the prefix that they have under a head."""
+    prefix = f"{model.base_model_prefix}."
+    if model.base_model is model:
+        config.module_settings = {name.removeprefix(prefix): s for name, s in config.module_settings.items()}
+        if config.modules_to_not_convert is not None:
+            config.modules_to_not_convert = [name.removeprefix(prefix) for name in config.modules_to_not_convert]
+
+
 def _leave_alone(model: PreTrainedModel, names: list[str]) -> None:
     """Keep transformers from initializing the weights of these layers from above, as it does with GPT-2's."""
     for parent in {name.rpartition(".")[0] for name in names}:
@@ -156,10 +236,10 @@ def _leave_alone(model: PreTrainedModel, names: list[str]) -> None:
             module._is_hf_initialized = True
 
 
-def _require_loaded(name: str, module: BCQModule) -> None:
+def _require_loaded(model: PreTrainedModel, name: str, module: BCQModule) -> None:
     for part, parameter in module.named_parameters(recurse=False):
         if not getattr(parameter, "_is_hf_initialized", False):
-            raise CheckpointError(f"the checkpoint has no {name}.{part}; it is damaged or was not written by mikv")
+            raise missing_tensor(model, f"{name}.{part}")
     module.require_sound(name)
 
 

@@ -7,6 +7,9 @@ from typing import Self
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mikv.integrations.quantizer import checksums
+from mikv.integrations.quantizer.tensor_files import INDEX
+
 _BYTES = 2**28  # of a file, or one tensor's if that is more: many small files would all be open while they are read
 
 
@@ -17,6 +20,7 @@ class Shards:
         self.folder = folder
         self.pending: dict[str, Tensor] = {}
         self.file_of: dict[str, str] = {}
+        self.checksums: dict[str, str] = {}
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Write these now or later."""
@@ -32,8 +36,8 @@ class Shards:
         if kind is not None:
             return
         self._write()
-        index = json.dumps({"metadata": {}, "weight_map": self.file_of})
-        (self.folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+        about = checksums.of_tensors(self.checksums)
+        (self.folder / INDEX).write_text(json.dumps({"metadata": about, "weight_map": self.file_of}), encoding="utf-8")
 
     def _write(self) -> None:
         if not self.pending:
@@ -42,4 +46,5 @@ class Shards:
         tensors = {name: tensor.contiguous() for name, tensor in self.pending.items()}
         save_file(tensors, self.folder / name, metadata={"format": "pt"})
         self.file_of |= dict.fromkeys(self.pending, name)
+        self.checksums |= {name: checksums.checksum(tensor) for name, tensor in tensors.items()}
         self.pending = {}

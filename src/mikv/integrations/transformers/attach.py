@@ -10,6 +10,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from mikv.cache.config import MiKVConfig
 from mikv.errors import CacheStateError, ConfigError, UnsupportedModelError
 from mikv.integrations.transformers.cache import MiKVCache, as_config
+from mikv.integrations.transformers.support import require_attachable
 from mikv.integrations.transformers.versions import CACHE_ARGUMENT
 
 logger = logging.getLogger("mikv")
@@ -31,7 +32,9 @@ class Attachment:
 
     def start(self) -> Self:
         """Route the model's own cache creation to MiKVCache."""
-        MiKVCache(self.model.config, self.config)  # refuses what is unsupported
+        cache = MiKVCache(self.model.config, self.config)  # refuses what is unsupported
+        if cache.why_idle:
+            raise UnsupportedModelError(f"{cache.why_idle}; there is nothing to attach")
         setattr(self.model, _PREPARE, _Prepare(self))
         setattr(self.model, _UPDATE, _Update(self))
         setattr(self.model, _MARK, self)
@@ -122,10 +125,7 @@ def attach(model: Any, config: MiKVConfig | str | None = None) -> Attachment:
     generating = _generating(model)
     if getattr(generating, _MARK, None) is not None:
         raise CacheStateError("this model is attached already; call mikv.detach(model) first")
-    if not generating._supports_default_dynamic_cache():
-        raise UnsupportedModelError(
-            f"{type(generating).__name__} has a cache of its own kind, which mikv cannot replace"
-        )
+    require_attachable(generating)
     return Attachment(generating, as_config(config)).start()
 
 

@@ -21,8 +21,8 @@ from mikv.ops import AttentionOptions, attend_unpacked, visible
 _FACTS = frozenset(
     ("__get__", "dim", "size", "stride", "storage_offset", "untyped_storage", "is_conj", "is_neg", "_is_view")
 )
-# Tensors that models hand to every attention function and that no attention function uses.
-_UNUSED_TENSORS = frozenset(("position_ids", "cache_position"))
+# Tensors that mikv computes with, and those that models hand to every attention function and that none uses.
+_KNOWN_TENSORS = frozenset(("s_aux", "position_ids", "cache_position"))
 _PROBED_QUERIES = 4
 _PROBE_TOLERANCE = 0.05  # of the output's root mean square; bfloat16 rounds to .004, another formula is at .3 and more
 
@@ -107,12 +107,12 @@ def mikv_attention(
     options = AttentionOptions(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
     if torch.compiler.is_compiling():
         if compiled.is_entered():
-            _refuse(module, dropout, attention_mask, kwargs)
+            _refuse(module, query.shape[2], attention_mask, call)
             output = compiled.attention(query, key, value, attention_mask, options)
             return output.transpose(1, 2).contiguous(), None
     elif isinstance(key, Carrier):
         key.loan.give_back()
-        _refuse(module, dropout, attention_mask, kwargs)
+        _refuse(module, query.shape[2], attention_mask, call)
         output = _carried_attention(module, query, key, attention_mask, options, (own, call))
         return output.transpose(1, 2).contiguous(), None
     elif isinstance(config := getattr(module, "config", None), PreTrainedConfig):
@@ -120,13 +120,16 @@ def mikv_attention(
     return _own_attention(module, query, (key, value), attention_mask, own, call)
 
 
-def _refuse(module: torch.nn.Module, dropout: float, mask: object, kwargs: Mapping[str, Any]) -> None:
+def _refuse(module: torch.nn.Module, num_queries: int, mask: object, kwargs: Mapping[str, Any]) -> None:
     """Raise UnsupportedModelError for what a cached step cannot do."""
     if kwargs.get("output_attentions"):
         raise UnsupportedModelError("output_attentions=True: mikv never computes the matrix of attention weights")
-    if dropout:
+    if dropout := kwargs["dropout"]:
         raise UnsupportedModelError(f"attention dropout of {dropout} while using a MiKV cache; call model.eval() first")
     _refuse_unknown(module, kwargs)
+    causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
+    if mask is None and num_queries > 1 and causal is False:
+        raise UnsupportedModelError(f"{type(module).__name__} lets tokens attend to later ones, which mikv cannot")
     if mask is not None and not isinstance(mask, Tensor):
         raise UnsupportedModelError(
             f"an attention mask of type {type(mask).__name__} cannot be read; load the model with "
@@ -137,7 +140,7 @@ def _refuse(module: torch.nn.Module, dropout: float, mask: object, kwargs: Mappi
 def _refuse_unknown(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> None:
     """Raise UnsupportedModelError for tensors that change attention in a way mikv knows nothing of."""
     for name, value in kwargs.items():
-        if name not in _UNUSED_TENSORS and _holds_tensor(value):
+        if name not in _KNOWN_TENSORS and _holds_tensor(value):
             raise UnsupportedModelError(
                 f"{type(module).__name__} passes {name} to its attention, which mikv does not know and cannot honour; "
                 "use transformers' DynamicCache and attention"
@@ -193,18 +196,13 @@ def _own_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What the model computes over unpacked keys and values (B, Tq, H, D), and weights if it gives any."""
     if own is None:
-        known = ("dropout", "scaling", "softcap", "s_aux")
-        _refuse_unknown(module, {name: value for name, value in call.items() if name not in known})
+        _refuse_unknown(module, call)
     # transformers' sdpa refuses softcaps, before 5.23 it ignored them; it ignores sinks
     if own not in (None, "sdpa") or (call["softcap"] is None and call["s_aux"] is None):
         given = {name: value for name, value in call.items() if value is not None or name == "scaling"}
         return loan.own_function(own or "sdpa", module)(module, query, *key_value, mask, **given)
-    if call["dropout"]:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has attention dropout beside a softcap or sinks, which sdpa cannot do; load the "
-            "model with attn_implementation='eager' to train it"
-        )
-    options = AttentionOptions(call["scaling"] or query.shape[-1] ** -0.5, call["softcap"], call["s_aux"])
+    scale = call["scaling"] or query.shape[-1] ** -0.5
+    options = AttentionOptions(scale, call["softcap"], call["s_aux"], dropout=call["dropout"])
     seen = None if mask is None else visible(mask)
     causal = getattr(module, "is_causal", True)
     return attend_unpacked(query, *key_value, seen, options, causal=causal).transpose(1, 2).contiguous(), None

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
@@ -12,9 +13,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicLayer, get_layer_types_and_kwargs
 
 from mikv.cache.config import MiKVConfig
-from mikv.cache.geometry import FULL_ATTENTION, refuse_latent_attention, shared_layers, text_config
-from mikv.errors import CacheStateError, ConfigError, UnsupportedModelError
-from mikv.integrations.transformers import attention, compiled, loan
+from mikv.cache.geometry import FULL_ATTENTION, shared_layers, text_config
+from mikv.errors import CacheStateError, ConfigError
+from mikv.integrations.transformers import attention, compiled, loan, support
 from mikv.integrations.transformers.layer import MiKVLayer
 from mikv.integrations.transformers.memory import LayerMemory, MemoryReport
 from mikv.integrations.transformers.step import MOST_REVOCABLE, Step
@@ -49,9 +50,9 @@ class MiKVCache(Cache):
         offloading: bool = False,
     ) -> None:
         self.config = as_config(config)
-        self._model_config = text_config(_configuration(model_config))
-        refuse_latent_attention(self._model_config)
-        _refuse_encoders(self._model_config)
+        model_config = support.configuration(model_config)
+        support.require_supported(model_config)
+        self._model_config = text_config(model_config)
         loan.register(attention.mikv_attention, loan.own_name(self._model_config))
         self._kinds = _layer_types_and_kwargs(self._model_config)
         self.layer_types = [layer_type for layer_type, _ in self._kinds]
@@ -62,7 +63,18 @@ class MiKVCache(Cache):
         self._adopt_layers()
         self._forget_step()
         if not self._compressed:
-            logger.warning("no layer of this model has full attention, so MiKVCache compresses nothing; see memory()")
+            logger.warning("%s; the cache stores them as transformers does", self.why_idle)
+
+    @property
+    def why_idle(self) -> str:
+        """Why nothing is compressed, or nothing if something is."""
+        if self._compressed:
+            return ""
+        found = ", ".join(f"{count} {kind}" for kind, count in Counter(self.layer_types).items())
+        return (
+            f"mikv compresses no layer of this model: of its {len(self.layers)} layers ({found}) none is "
+            f"{FULL_ATTENTION} that no other layer reads and skip_layers does not name"
+        )
 
     def _adopt_layers(self) -> None:
         own, caching = ref(self), (MiKVLayer, DynamicLayer)
@@ -163,8 +175,9 @@ class MiKVCache(Cache):
         pending = [i for i in self._compressed if self.layers[i].pending is not None]
         if layer_idx is not None and layer_idx not in step.begun and not pending:
             return
-        what = f"layer {pending[0]} stored keys and values, but its attention was not computed by 'mikv'"
-        if not pending:
+        if pending:
+            what = f"layer {pending[0]} stored keys and values, but its attention was not computed by 'mikv'"
+        else:
             missing = step.missing
             what = f"the last step was interrupted: {len(missing)} layers, the first is {missing[0]}, have not made it"
         can = "cache.crop(0) takes the step back, cache.reset() empties the cache"
@@ -307,24 +320,6 @@ def as_config(config: MiKVConfig | str | None) -> MiKVConfig:
     if config is None or isinstance(config, MiKVConfig):
         return config or MiKVConfig()
     raise ConfigError(f"config={config!r} must be a MiKVConfig or the name of a preset")
-
-
-def _configuration(model: Any) -> PreTrainedConfig:
-    config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
-    if not isinstance(config, PreTrainedConfig):
-        raise ConfigError(f"{type(model).__name__} is not a transformers configuration; pass model.config")
-    return config
-
-
-def _refuse_encoders(config: PreTrainedConfig) -> None:
-    """Raise UnsupportedModelError for models whose layers attend to what is not in their own cache."""
-    if getattr(config, "is_encoder_decoder", False):
-        what = "has an encoder, whose states its decoder attends to"
-    elif getattr(config, "cross_attention_layers", None) or getattr(config, "add_cross_attention", False):
-        what = "has layers of cross-attention"
-    else:
-        return
-    raise UnsupportedModelError(f"{config.model_type} {what}, which mikv does not support; use transformers' own cache")
 
 
 def _layer_types_and_kwargs(model_config: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:

@@ -258,8 +258,6 @@ def _require_model_shape(
     if len(layers) != len(cache.layers):
         raise ValueError(f"one of {len(layers)} layers; this has {len(cache.layers)}")
     geometry = CacheGeometry.from_model_config(model_config)
-    value_dim = getattr(text_config(model_config), "v_head_dim", None) or geometry.head_dim
-    own = geometry.num_kv_heads, geometry.head_dim, value_dim
     for i, (layer, part, meta) in enumerate(zip(cache.layers, parts, layers, strict=True)):
         kind = meta["kind"] if meta["kind"] in ("plain", "nothing") else "compressed"
         if kind != _kind(layer, cache.layer_types[i]):
@@ -267,7 +265,8 @@ def _require_model_shape(
         if kind == "plain" and meta["window"] != _window(layer):
             raise ValueError(f"one whose layer {i} has a window of {meta['window']}; here it is {_window(layer)}")
         if part:
-            _require_heads(i, _heads(part, meta), own)
+            own = geometry.layers[i]
+            _require_heads(i, _heads(part, meta), (own.num_kv_heads, own.head_dim, own.value_dim or own.head_dim))
 
 
 def _heads(part: Tensors, meta: dict[str, Any]) -> tuple[int, int, int]:

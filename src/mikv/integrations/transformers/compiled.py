@@ -56,7 +56,7 @@ _LIBRARY.define(
 def register(layer: Layer) -> Tensor:
     """A handle for `layer`, valid as long as the layer lives."""
     _LAYERS[id(layer)] = layer
-    return torch.tensor(id(layer))
+    return torch.tensor(id(layer), dtype=torch.int64, device="cpu")
 
 
 def enter(handle: Tensor, config: PreTrainedConfig, borrowed: str) -> None:

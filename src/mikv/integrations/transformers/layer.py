@@ -171,12 +171,12 @@ class MiKVLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows `indices` (or where a boolean `indices` is True)."""
-        rows = torch.arange(len(self.tokens.columns.num_tokens))
+        rows = torch.arange(len(self.tokens.columns.num_tokens), dtype=torch.int64, device="cpu")
         self.tokens.select_rows(rows[indices.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        rows = torch.arange(len(self.tokens.columns.num_tokens))
+        rows = torch.arange(len(self.tokens.columns.num_tokens), dtype=torch.int64, device="cpu")
         self.tokens.select_rows(rows.repeat_interleave(repeats))
 
     def offload(self) -> None:

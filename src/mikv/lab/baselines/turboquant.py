@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mikv.cache.accounting import FP16_BYTES
+from mikv.cache.geometry import FP16_BYTES
 from mikv.errors import NumericsError
 from mikv.lab.baselines.simulated import SimulatedCache, SimulatedLayer, code_bytes
 

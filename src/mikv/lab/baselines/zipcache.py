@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mikv.cache.accounting import FP16_BYTES
+from mikv.cache.geometry import FP16_BYTES
 from mikv.cache.warm_up import ExactAttention
 from mikv.formats import quantized_format, raw_format
 from mikv.integrations.transformers import attention

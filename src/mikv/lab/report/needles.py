@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mikv.lab.report.tables import family_name, method_name
 from mikv.records import Record
 
 ROW, COLUMN = "depth", "length"
@@ -15,6 +16,8 @@ class NeedleMap:
     model: str
     task: str
     cache: str
+    family: str
+    method: str
     ratio: float
     score: float
     depths: tuple[float, ...]
@@ -40,6 +43,8 @@ def _needle_map(record: Record) -> NeedleMap | None:
         record["model"],
         record["task"],
         record["cache"],
+        family_name(record),
+        method_name(record),
         record["ratio"],
         sum(every) / len(every),
         tuple(sorted({depth for depth, _ in scores})),

@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 from mikv.cache_names import is_installed
 from mikv.errors import ConfigError
 from mikv.lab.report import sections
-from mikv.lab.report.curves import ALL_TASKS, compared, cost, full_cache, negative_score, pareto_front, points
+from mikv.lab.report.curves import (
+    OVERVIEW,
+    View,
+    compared,
+    cost,
+    full_cache,
+    negative_score,
+    of_task,
+    overview,
+    pareto_front,
+)
 from mikv.lab.report.families import FAMILIES, OTHER
 from mikv.lab.report.records import EvalRecords, short_names
-from mikv.records import Record
 
 if TYPE_CHECKING:
     from mikv.lab.precision_map import PrecisionMap
@@ -35,7 +44,7 @@ def page(found: EvalRecords, map_of: "PrecisionMap | None", sources: Sequence[st
     """The page. `sources` are the names of the files that the records come from, `day` is when it is written."""
     require_plotly()
     curves = [_model_curves(found, model) for model in found.models]
-    families = {point["family"] for model in curves for task in model["tasks"].values() for point in task["points"]}
+    drawn = [point for model in curves for task in model["tasks"].values() for point in task["points"]]
     data = {
         "curves": curves,
         "families": [asdict(family) for family in (*FAMILIES, OTHER)],
@@ -45,11 +54,11 @@ def page(found: EvalRecords, map_of: "PrecisionMap | None", sources: Sequence[st
         style=sections.family_style() + _read("page.css"),
         intro=_intro(found, sources, day),
         summary=sections.summary(found),
-        left_out=sections.left_out(found),
-        legend=sections.legend(families),
-        tasks="".join(f"<option>{escape(task)}</option>" for task in curves[0]["tasks"]),
+        legend=sections.legend({(point["family"], point["method"]) for point in drawn}),
+        tasks="".join(_option(task) for task in curves[0]["tasks"]),
+        no_charts="" if drawn else "hidden",
         task_menu="" if len(curves[0]["tasks"]) > 1 else "hidden",
-        charts="".join(_charts(index, model["name"]) for index, model in enumerate(curves)),
+        charts="".join(_charts(index, model) for index, model in enumerate(curves)),
         filters=sections.filters(found),
         table=sections.records_table(found),
         meanings=sections.meanings(found),
@@ -66,38 +75,55 @@ def page(found: EvalRecords, map_of: "PrecisionMap | None", sources: Sequence[st
 
 
 def _model_curves(found: EvalRecords, model: str) -> dict[str, Any]:
-    """Points and fronts of a model, over all tasks and for each."""
+    """Points and fronts of a model: where the most caches were measured, then for each task."""
     own = [record for record in found.measured if record["model"] == model]
     tasks = list(dict.fromkeys(record["task"] for record in found.measured))
-    views = {ALL_TASKS: own} | {task: [record for record in own if record["task"] == task] for task in tasks}
-    chosen = views if len(tasks) > 1 else {tasks[0]: own} if tasks else {}
+    views = {OVERVIEW: overview(own)} if len(tasks) != 1 else {}
     return {
         "name": short_names(found.models)[model],
-        "tasks": {task: _view(records) for task, records in chosen.items()},
+        "tasks": {name: _view(view) for name, view in (views | {task: of_task(own, task) for task in tasks}).items()},
     }
 
 
-def _view(records: Sequence[Record]) -> dict[str, Any]:
-    every = points(records)
-    shown, full = compared(every), full_cache(every)
+def _view(view: View) -> dict[str, Any]:
+    """A point per cache and chart; where both charts are of the same tasks, a point has both numbers."""
+    panels = {"score": view.score, "kl": view.kl}
+    if view.score is not None and view.kl is not None and view.score.tasks == view.kl.tasks:
+        shown = [asdict(point) for point in compared(view.kl.points)]
+    else:
+        shown = [
+            asdict(point) | dict.fromkeys(("kl", "kl_stderr") if value == "score" else ("score", "score_stderr"))
+            for value, panel in panels.items()
+            for point in compared(panel.points if panel is not None else ())
+        ]
+    full = full_cache(view.score.points) if view.score is not None else None
+    fronts = {"score": negative_score, "kl": cost}
     return {
-        "points": [asdict(point) | {"family": point.family} for point in shown],
+        "points": shown,
         "full_score": None if full is None else full.score,
+        "extents": {value: None if panel is None else panel.extent for value, panel in panels.items()},
         "fronts": {
-            "score": [point.cache for point in pareto_front(shown, negative_score)],
-            "kl": [point.cache for point in pareto_front(shown, cost)],
+            value: [] if panel is None else [p.cache for p in pareto_front(compared(panel.points), fronts[value])]
+            for value, panel in panels.items()
         },
     }
 
 
-def _charts(index: int, name: str) -> str:
+def _charts(index: int, model: dict[str, Any]) -> str:
+    """The model's charts; none of numbers that no record has."""
     titles = {"score": "Score", "kl": "KL to the full cache, nats"}
     charts = "".join(
-        f'<figure><figcaption>{title}<span class="reference"></span></figcaption>'
+        f'<figure><figcaption><b>{title}</b><span class="reference"></span><small class="extent"></small></figcaption>'
         f'<div class="chart" data-model="{index}" data-value="{value}"></div></figure>'
         for value, title in titles.items()
+        if any(point[value] is not None for view in model["tasks"].values() for point in view["points"])
     )
-    return f'<h3>{escape(name)}</h3><div class="pair">{charts}</div>'
+    return f'<h3>{escape(model["name"])}</h3><div class="pair">{charts}</div>' if charts else ""
+
+
+def _option(task: str) -> str:
+    words = "overview: what most caches were measured on" if task == OVERVIEW else task
+    return f'<option value="{escape(task)}">{escape(words)}</option>'
 
 
 def _intro(found: EvalRecords, sources: Sequence[str], day: date) -> str:

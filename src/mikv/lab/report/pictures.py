@@ -3,16 +3,27 @@
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from mikv.bench.plots import STYLE
 from mikv.cache_names import is_installed
 from mikv.errors import ConfigError
 from mikv.lab.precision_map import PrecisionMap
-from mikv.lab.report.curves import Point, Value, compared, cost, full_cache, negative_score, pareto_front, points
-from mikv.lab.report.families import FAMILIES, FULL, OTHER, family_of
+from mikv.lab.report.curves import (
+    Panel,
+    Point,
+    Value,
+    compared,
+    cost,
+    full_cache,
+    negative_score,
+    overview,
+    pareto_front,
+)
+from mikv.lab.report.families import FAMILIES, FULL, MIKV, OTHER
+from mikv.lab.report.labels import Label, label_points
 from mikv.lab.report.records import EvalRecords, short_names
-from mikv.records import Record
 
 MAP_FILE = "precision-map.png"
 _PALE = "#6e7781"
@@ -55,77 +66,108 @@ def draw(found: EvalRecords, map_of: PrecisionMap | None, folder: Path) -> list[
 
 
 def _curves(pyplot: Any, found: EvalRecords, model: str) -> Any:
-    """Score against bytes over the model's scored tasks, and KL over its texts, or over all if there are no texts."""
-    own = [record for record in found.measured if record["model"] == model]
-    scored = [record for record in own if record["score"] is not None]
-    texts = [record for record in own if record["score"] is None] or own
-    panels = [(_draw_kl, texts)] if not scored else [(_draw_scores, scored), (_draw_kl, texts)]
-    width = _WIDTH * len(panels) / 2
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(width, 4.6), layout="constrained", squeeze=False)
-    for place, (draw_panel, records) in zip(axes[0], panels, strict=True):
-        every = points(records)
-        draw_panel(place, every, _extent(records))
-        _byte_axis(place, [point.ratio for point in compared(every)])
-    handles, labels = axes[0][-1].get_legend_handles_labels()
-    columns = len(labels) if len(panels) > 1 else 3
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    figure.suptitle(short_names(found.models)[model], x=0.008, ha="left", fontweight="bold", fontsize=12)
+    """The two charts with which the page opens."""
+    view = overview([record for record in found.measured if record["model"] == model])
+    panels = [(draw, panel) for draw, panel in ((_draw_scores, view.score), (_draw_kl, view.kl)) if panel is not None]
+    width = _WIDTH * max(1, len(panels)) / 2
+    height = 6.4 if panels else 0.6
+    figure = pyplot.figure(figsize=(width, height), layout="constrained")
+    name = short_names(found.models)[model].encode("utf-8", "replace").decode()
+    figure.suptitle(name if panels else f"{name}: nothing was measured", x=0.008, ha="left", fontweight="bold")
+    for number, (draw_panel, panel) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        _byte_axis(axes, [point.ratio for point in compared(panel.points)])
+        title = draw_panel(axes, panel)
+        axes.set_title(f"{title}\n{fill(panel.extent, 62)}", fontsize=9.5)
+    legend: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+    if legend:
+        style = {"ncols": min(len(legend), 3 * len(panels)), "frameon": False, "fontsize": 9}
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", **style)
     return figure
 
 
-def _extent(records: Sequence[Record]) -> str:
-    tasks = list(dict.fromkeys(record["task"] for record in records))
-    return tasks[0] if len(tasks) == 1 else f"mean over {', '.join(tasks)}"
-
-
-def _draw_scores(axes: Any, every: Sequence[Point], extent: str) -> None:
-    shown, full = compared(every), full_cache(every)
-    _scatter(axes, shown, lambda point: point.score)
-    _front(axes, pareto_front(shown, negative_score), lambda point: point.score, (-6, 6))
+def _draw_scores(axes: Any, panel: Panel) -> str:
+    """Returns what is drawn."""
+    shown, full = compared(panel.points), full_cache(panel.points)
+    _scatter(axes, shown, lambda point: point.score, lambda point: point.score_stderr)
+    _front(axes, pareto_front(shown, negative_score), lambda point: point.score)
     if full is not None and full.score is not None:
         axes.axhline(full.score, color=FULL.light, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.set_title(f"Score, higher is better; dashed: full cache\n{extent}")
+    label_points(axes, _labels(shown, lambda point: point.score))
+    return "Score ± standard error, higher is better; dashed: full cache"
 
 
-def _draw_kl(axes: Any, every: Sequence[Point], extent: str) -> None:
-    shown = compared(every)
-    _scatter(axes, shown, _visible_kl)
-    _front(axes, pareto_front(shown, cost), _visible_kl, (-6, -12))
+def _draw_kl(axes: Any, panel: Panel) -> str:
+    """Returns what is drawn."""
+    shown = compared(panel.points)
     axes.set_yscale("log")
-    axes.set_title(f"KL to the full cache, nats, lower is better\n{extent}")
+    _scatter(axes, shown, _visible_kl, lambda point: point.kl_stderr)
+    _front(axes, pareto_front(shown, cost), _visible_kl)
+    label_points(axes, _labels(shown, _visible_kl))
+    return "KL to the full cache ± standard error, nats, lower is better"
 
 
 def _visible_kl(point: Point) -> float | None:
     return None if point.kl is None else max(point.kl, _LEAST_KL)
 
 
-def _scatter(axes: Any, shown: Sequence[Point], value: Value) -> None:
+def _scatter(axes: Any, shown: Sequence[Point], value: Value, error: Value) -> None:
+    """A point per cache with the error of its mean; methods in the legend."""
     for family in (*FAMILIES, OTHER):
-        own = [(p.ratio, y) for p in shown if p.family == family.name and (y := value(p)) is not None]
-        if own:
-            size, above = (70, 4) if family.name == "mikv" else (42, 3)
-            style = {"color": family.light, "marker": family.marker, "edgecolors": "white", "linewidths": 0.7}
-            axes.scatter(*zip(*own, strict=True), s=size, zorder=above, label=family.name, **style)
+        for method in family.methods:
+            own = [point for point in shown if (point.family, point.method) == (family.name, method.name)]
+            drawn = [(point.ratio, y, error(point) or 0.0) for point in own if (y := value(point)) is not None]
+            if not drawn:
+                continue
+            x, heights, errors = ([one[place] for one in drawn] for place in range(3))
+            # a logarithmic axis has no 0
+            down = [min(one, 0.9 * at) for at, one in zip(heights, errors, strict=True)] if _is_log(axes) else errors
+            above = 5 if family is MIKV else 4
+            axes.errorbar(x, heights, (down, errors), fmt="none", ecolor=family.light, elinewidth=1, zorder=above - 1)
+            style = {"color": family.light, "marker": method.marker, "edgecolors": "white", "linewidths": 0.6}
+            axes.scatter(
+                x,
+                heights,
+                s=80 if family is MIKV or method.marker == "*" else 58,
+                zorder=above,
+                label=method.name,
+                **style,
+            )
 
 
-def _front(axes: Any, front: Sequence[Point], value: Value, offset: tuple[int, int]) -> None:
-    """A line of steps, and the names of presets on the side where nothing else can be; others are too long."""
+def _is_log(axes: Any) -> bool:
+    return bool(axes.get_yscale() == "log")
+
+
+def _front(axes: Any, front: Sequence[Point], value: Value) -> None:
     line = [(point.ratio, y) for point in front if (y := value(point)) is not None]
-    if not line:
-        return
-    axes.plot(*zip(*line, strict=True), color=_PALE, linewidth=1, linestyle=":", drawstyle="steps-post", zorder=2)
-    for point, place in zip(front, line, strict=True):
-        if point.family == "mikv" and "+" not in point.cache:
-            style = {"textcoords": "offset points", "ha": "right", "fontsize": 8.5, "fontweight": "bold"}
-            style |= {"bbox": {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}}
-            axes.annotate(point.cache.removeprefix("mikv:"), place, offset, color=family_of(point.cache).light, **style)
+    if line:
+        axes.plot(*zip(*line, strict=True), color=_PALE, linewidth=1, linestyle=":", drawstyle="steps-post", zorder=2)
+
+
+def _labels(shown: Sequence[Point], value: Value) -> list[Label]:
+    """Names at points; those of many settings are too long, and the legend has their sign."""
+    families = {family.name: family for family in (*FAMILIES, OTHER)}
+    return [
+        Label(
+            "" if "+" in point.cache else point.cache.removeprefix("mikv:"),
+            (point.ratio, y),
+            families[point.family].light,
+            is_bold=point.family == MIKV.name,
+        )
+        for point in shown
+        if (y := value(point)) is not None
+    ]
 
 
 def _byte_axis(axes: Any, ratios: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(_SHARES, [f"{100 * share:.0f} %" for share in _SHARES])
     if ratios:
-        axes.set_xlim(min(ratios) * 0.72, max(ratios) * 1.12)
+        axes.set_xlim(min(ratios) * 0.85, max(ratios) * 1.2)
     axes.minorticks_off()
     axes.set_xlabel("bytes, share of fp16")
 
@@ -143,7 +185,7 @@ def _tokens(pyplot: Any, map_of: PrecisionMap) -> Any:
     for row, pieces in enumerate(rows):
         for column, index, piece in pieces:
             color = _KEPT if always_kept[index] else _HIGH
-            _box(pyplot, axes, (column, row), len(piece), _on_white(color, 0.62 * shares[index] ** 0.5))
+            _box(pyplot, axes, (column, row), len(piece), _on_white(color, _strength(shares[index])))
             words = "".join(sign if can_draw(sign) else "□" for sign in piece)
             axes.text(column, row + 0.5, words, family="DejaVu Sans Mono", fontsize=_FONT_SIZE, va="center")
     combinations = sum(layer.high.shape[0] for layer in map_of.layers)
@@ -177,6 +219,11 @@ def _rows(texts: Sequence[str]) -> list[list[tuple[int, int, str]]]:
 
 def _box(pyplot: Any, axes: Any, place: tuple[int, int], width: int, color: tuple[float, ...]) -> None:
     axes.add_patch(pyplot.Rectangle((place[0], place[1] + 0.06), width - 0.08, 0.88, color=color, linewidth=0))
+
+
+def _strength(share: float) -> float:
+    """As on the page: what is kept anywhere is seen to be, and the root makes visible what few heads keep."""
+    return 0.15 + 0.85 * share**0.5 if share else 0.0
 
 
 def _on_white(color: tuple[int, int, int], strength: float) -> tuple[float, ...]:

@@ -1,14 +1,14 @@
 """The parts of the page that need no script: HTML of the summary, the tables, the heat maps and the circumstances."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 
-from mikv.lab.report.curves import BUDGETS, Point, best_within, compared, cost, full_cache, incomplete, points
+from mikv.lab.report.curves import BUDGETS, Point, best_within, compared, cost, overview
 from mikv.lab.report.families import FAMILIES, OTHER
 from mikv.lab.report.needles import NeedleMap, needle_maps
 from mikv.lab.report.records import EvalRecords, short_names
-from mikv.lab.report.tables import COLUMNS, MISSING, Column, divergence, family_name, percent
+from mikv.lab.report.tables import COLUMNS, MISSING, Column, divergence, family_name, method_name, percent
 from mikv.records import Record
 
 
@@ -22,20 +22,23 @@ def family_style() -> str:
     return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
 
 
-def cache_name(cache: str, family: str) -> str:
-    """A cache with its family's sign before it."""
-    return f'<span class="cache">{_sign(family)} {escape(cache)}</span>'
+def cache_name(cache: str, family: str, method: str) -> str:
+    """A cache with its method's sign before it."""
+    return f'<span class="cache">{_sign(family, method)} {escape(cache)}</span>'
 
 
-def legend(families: Iterable[str]) -> str:
-    """A switch per family."""
-    wanted = set(families)
-    return "".join(
-        f'<button type="button" class="chip" aria-pressed="true" data-family="{escape(family.name)}">'
-        f"{_sign(family.name)} {escape(family.name)}</button>"
-        for family in (*FAMILIES, OTHER)
-        if family.name in wanted
-    )
+def legend(drawn: Collection[tuple[str, str]]) -> str:
+    """A switch per family that is drawn, with the signs of its methods."""
+    buttons = []
+    for family in (*FAMILIES, OTHER):
+        methods = [one.name for one in family.methods if (family.name, one.name) in drawn]
+        if methods:
+            words = " ".join(f"{_sign(family.name, name)} {escape(name)}" for name in methods)
+            buttons.append(
+                f'<button type="button" class="chip" aria-pressed="true" data-family="{escape(family.name)}">'
+                f"{words}</button>"
+            )
+    return "".join(buttons)
 
 
 def summary(found: EvalRecords) -> str:
@@ -44,26 +47,15 @@ def summary(found: EvalRecords) -> str:
     heads = "".join(f"<th scope=col>{_budget(budget)}</th>" for budget in BUDGETS)
     rows = []
     for model in found.models:
-        own = points([record for record in found.measured if record["model"] == model])
+        panel = overview([record for record in found.measured if record["model"] == model]).kl
+        own = () if panel is None else panel.points
         cells = "".join(
             f'<td data-label="{_budget(budget)}">{_winners(best_within(compared(own), budget, cost))}</td>'
             for budget in BUDGETS
         )
-        rows.append(f"<tr><th scope=row>{escape(names[model])}{_full_score(full_cache(own))}</th>{cells}</tr>")
+        extent = "" if panel is None else f"<br><small>{escape(panel.extent)}</small>"
+        rows.append(f"<tr><th scope=row>{escape(names[model])}{extent}</th>{cells}</tr>")
     return f'<table class="summary"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-
-
-def left_out(found: EvalRecords) -> str:
-    """What the means over tasks do not show, as one paragraph or nothing."""
-    names = short_names(found.models)
-    lines = []
-    for model in found.models:
-        missing = incomplete([record for record in found.measured if record["model"] == model])
-        if missing:
-            lines.append(f"{escape(names[model])}: {', '.join(map(escape, missing))}")
-    if not lines:
-        return ""
-    return f'<p class="note">Not measured on every task, so not in the means: {"; ".join(lines)}.</p>'
 
 
 def records_table(found: EvalRecords) -> str:
@@ -130,10 +122,11 @@ def circumstances(found: EvalRecords) -> str:
     return f"<ul>{lines}</ul><details{' open' if len(commands) < 4 else ''}>{listed}</details>"
 
 
-def _sign(family: str) -> str:
+def _sign(family: str, method: str) -> str:
     families = (*FAMILIES, OTHER)
     index = [one.name for one in families].index(family)
-    return f'<i class="sign" style="color:var(--family-{index})">{families[index].glyph}</i>'
+    glyph = next(one.glyph for one in families[index].methods if one.name == method)
+    return f'<i class="sign" style="color:var(--family-{index})">{glyph}</i>'
 
 
 def _budget(budget: float) -> str:
@@ -143,13 +136,11 @@ def _budget(budget: float) -> str:
 def _winners(best: Sequence[Point]) -> str:
     if not best:
         return MISSING
-    lines = [f"<b>{divergence(best[0].kl or 0)}</b> {cache_name(best[0].cache, best[0].family)}"]
-    lines += [f"<small>then {divergence(p.kl or 0)} {cache_name(p.cache, p.family)}</small>" for p in best[1:]]
+    lines = [f"<b>{divergence(best[0].kl or 0)}</b> {cache_name(best[0].cache, best[0].family, best[0].method)}"]
+    lines += [
+        f"<small>then {divergence(p.kl or 0)} {cache_name(p.cache, p.family, p.method)}</small>" for p in best[1:]
+    ]
     return "<br>".join(lines)
-
-
-def _full_score(full: Point | None) -> str:
-    return "" if full is None or full.score is None else f"<br><small>full cache: score {full.score:.3f}</small>"
 
 
 def _used_columns(records: Sequence[Record]) -> list[Column]:
@@ -165,7 +156,7 @@ def _row(record: Record, columns: Sequence[Column], names: dict[str, str]) -> st
     for column in columns:
         text = escape(column.text(shown))
         if column.key == "cache":
-            text = cache_name(record["cache"], family_name(record))
+            text = cache_name(record["cache"], family_name(record), method_name(record))
         kind = "number" if column.is_number else "name"
         cells.append(f'<td class="{kind}" data-sort="{escape(column.sort_value(shown))}">{text}</td>')
     keys = {"model": record["model"], "task": record["task"], "family": family_name(record)}
@@ -191,7 +182,7 @@ def _heat_map(one: NeedleMap) -> str:
             title = f"{depth:.0%} deep in {length:,.0f} tokens: {score:.2f}, {_count(count, 'sample')}"
             cells.append(f'<td style="--score:{score:.3f}" title="{title}">{100 * score:.0f}</td>')
         rows.append(f"<tr><th scope=row>{depth:.0%}</th>{''.join(cells)}</tr>")
-    caption = f"{cache_name(one.cache, family_name({'cache': one.cache}))} <small>{percent(one.ratio)}</small>"
+    caption = f"{cache_name(one.cache, one.family, one.method)} <small>{percent(one.ratio)}</small>"
     return (
         f'<table class="needle"><caption>{caption}</caption><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mikv.lab.report.families import family_of
+from mikv.lab.report.families import family_of, method_of
 from mikv.records import Record
 
 MISSING = "–"
@@ -98,4 +98,9 @@ COLUMNS = (
 
 def family_name(record: Record) -> str:
     """The family of the record's cache."""
-    return family_of(record["cache"]).name
+    return family_of(record["cache"], record.get("config")).name
+
+
+def method_name(record: Record) -> str:
+    """The method of the record's cache."""
+    return method_of(record["cache"], record.get("config")).name

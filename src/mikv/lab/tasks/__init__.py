@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import Any, get_type_hints
 
+from mikv.choices import did_you_mean
 from mikv.errors import ConfigError
 from mikv.lab.tasks.base import Task
 from mikv.lab.tasks.humaneval import HumanEval
@@ -44,7 +45,7 @@ def parse_task(spec: str, *, allow_code_execution: bool = False) -> Task:
     """
     name, colon, settings = spec.partition(":")
     if name not in _TASKS:
-        raise ConfigError(f"unknown task {name!r}; the tasks are {', '.join(_TASKS)}")
+        raise ConfigError(f"unknown task {name!r}; the tasks are {', '.join(_TASKS)}{did_you_mean(name, _TASKS)}")
     task = _TASKS[name]
     if task.runs_code and not allow_code_execution:
         raise ConfigError(f"task {name!r} runs code that the model has written; allow it with --allow-code-execution")
@@ -63,7 +64,8 @@ def _options(task: type[Task], settings: str) -> dict[str, Any]:
     for setting in settings.split(",") if settings else ():
         option, equals, value = setting.partition("=")
         if option not in known:
-            raise ConfigError(f"unknown option {option!r}; the options are {', '.join(known)}")
+            near = did_you_mean(option, known)
+            raise ConfigError(f"unknown option {option!r}; the options are {', '.join(known)}{near}")
         if not equals:
             raise ConfigError(f"option {option!r} has no value; write {option}=VALUE")
         if option in options:

@@ -97,12 +97,6 @@ def _spell(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def require_choice(option: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raise ConfigError if a task's option is none of its choices."""
-    if value not in choices:
-        raise ConfigError(f"{option}={value!r} is not one of {', '.join(map(str, choices))}")
-
-
 def require_count(option: str, value: Any, least: int = 1, most: int | None = None) -> None:
     """Raise ConfigError if a task's option is not a whole number from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):

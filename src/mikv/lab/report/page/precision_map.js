@@ -79,9 +79,9 @@ function drawKey() {
   const box = (fill, words) => `<span><i style="background:${fill}"></i>${words}</span>`;
   const mix = (name, share) => `color-mix(in srgb, var(${name}) ${share}%, transparent)`;
   const high = one
-    ? box(mix("--high", 62), `high tier: ${layers[0].formats.high}`) + box("transparent", low(layers[0]))
-    : box(`linear-gradient(90deg, transparent, ${mix("--high", 62)})`, `high tier in none … all of ${pairs.length}`);
-  document.getElementById("map-key").innerHTML = high + box(mix("--kept", 62), "never demoted: sinks, recent");
+    ? box(mix("--high", 100), `high tier: ${layers[0].formats.high}`) + box("transparent", low(layers[0]))
+    : box(`linear-gradient(90deg, transparent, ${mix("--high", 15)} 10%, ${mix("--high", 100)})`, `high tier in none … all of ${pairs.length}`);
+  document.getElementById("map-key").innerHTML = high + box(mix("--kept", 100), "never demoted: sinks, recent");
 }
 
 function lines(i) {

@@ -7,7 +7,6 @@ window.report = {
   data,
   color: styleOf,
   familyColor: (name) => data.families.find((family) => family.name === name)[dark.matches ? "dark" : "light"],
-  symbol: (name) => data.families.find((family) => family.name === name).symbol,
   onTheme: (draw) => dark.addEventListener("change", draw),
   config: { displayModeBar: false, responsive: true },
   layout: () => ({

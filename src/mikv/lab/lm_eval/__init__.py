@@ -23,7 +23,7 @@ from mikv.cache.config import MiKVConfig
 from mikv.cache.geometry import CacheGeometry
 from mikv.errors import ConfigError
 from mikv.lab.examination import Reader
-from mikv.lab.lm_eval_options import check_counts, check_is_greedy, check_options, named_cache
+from mikv.lab.lm_eval.options import check_counts, check_is_greedy, check_options, named_cache
 from mikv.lab.recording import Recording, fill, record
 from mikv.models import BUNDLED_MODEL, load_model
 
