@@ -44,7 +44,7 @@ dist: $(READY)
 
 # docs/ as a site, in build/site; a link that leads nowhere is an error.
 site: $(READY)
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Regenerates docs/results/conformance.md: what each cache passes of transformers' cache contract.
 conformance: $(READY)
