@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 import mikv  # noqa: E402
 from mikv.ops import native  # noqa: E402
 
-assert Path(mikv.__file__).resolve().is_relative_to(Path(sys.prefix).resolve()), f"{mikv.__file__} is not the installed one"
+assert Path(mikv.__file__).resolve().is_relative_to(Path(sys.prefix).resolve()), f"{mikv.__file__} is not installed"
 assert native.module is not None, native.reason
 
 STEPS, LAYERS = 40, 2
