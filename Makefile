@@ -11,13 +11,18 @@ RESULTS := docs/results
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 NATIVE := CMakeLists.txt $(wildcard csrc/* csrc/kernels/*)
 
-.PHONY: demo test unit lint format types conformance sweep report pages paper prefill plan weights bench check-symbols sanitize arm browser fuzz clean
+.PHONY: demo test test-oldest test-newest unit lint format types dist site conformance sweep report pages paper prefill \
+  plan weights bench check-symbols sanitize arm browser fuzz clean
 
 demo: $(READY)
 	$(BIN)/mikv demo
 
 test: lint types $(READY)
 	$(BIN)/pytest
+
+# The tests that transformers can break, with the oldest and the newest that pyproject.toml allows.
+test-oldest test-newest: test-%: $(READY)
+	.ci/transformers $*
 
 unit: $(READY)
 	$(BIN)/pytest $(UNIT)
@@ -32,6 +37,14 @@ format: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+# The sdist and the wheel, in dist/; what is in them is checked, and the wheel tried in an empty environment.
+dist: $(READY)
+	.ci/dist
+
+# docs/ as a site, in build/site; a link that leads nowhere is an error.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Regenerates docs/results/conformance.md: what each cache passes of transformers' cache contract.
 conformance: $(READY)

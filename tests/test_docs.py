@@ -42,7 +42,14 @@ def test_guide_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/**/*.md"))]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/**/*.md")),
+    ],
 )
 def test_links_to_files_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -51,10 +58,10 @@ def test_links_to_files_lead_somewhere(page: str) -> None:
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
-def test_readme_repeats_the_numbers_of_the_report() -> None:
+def test_the_results_in_short_repeat_the_numbers_of_the_report() -> None:
     records = read_lines(ROOT / "docs/results/report.jsonl")
     texts = [record for record in records if record["task"].startswith("text") and record["skipped"] is None]
-    costs = (ROOT / "README.md").read_text().partition("## What it costs")[2].partition("\n## ")[0]
+    costs = (ROOT / "docs/results/README.md").read_text().partition("## What it costs")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| .*`(.+)`.* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", costs, re.M)
     assert len(rows) >= 8
     for cache, *numbers in rows:
@@ -68,12 +75,32 @@ def test_readme_repeats_the_numbers_of_the_report() -> None:
         assert numbers == [f"{ratio:.3f}", *(f"{value:.4f}" for value in kl)], cache
 
 
-def test_readme_repeats_what_was_measured_of_weights() -> None:
+def test_readme_repeats_the_report_with_its_spread() -> None:
+    records = read_lines(ROOT / "docs/results/report.jsonl")
+    texts = [record for record in records if record["task"].startswith("text") and record["skipped"] is None]
+    kl = r"([\d.]+ \([\d.]+ to [\d.]+\))"
+    rows = re.findall(rf"^\| .*`(.+)` \| ([\d.]+) \| {kl} \| {kl} \|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) >= 8
+    for cache, ratio, *divergences in rows:
+        of_cache = [record for record in texts if record["cache"] == cache]
+        assert ratio == f"{fmean(record['ratio'] for record in of_cache):.2f}", cache
+        for model, divergence in zip(("smollm2", "qwen"), divergences, strict=True):
+            of_model = [record for record in of_cache if record["model"].startswith(model)]
+            single = [detail["kl_mean"] for record in of_model for detail in record["details"]]
+            mean = fmean(record["kl_mean"] for record in of_model)
+            assert divergence == f"{mean:.4f} ({min(single):.4f} to {max(single):.4f})", (cache, model)
+
+
+def test_readme_is_read_in_a_few_minutes() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_results_in_short_repeat_what_was_measured_of_weights() -> None:
     measured = set()
     for record in read_lines(ROOT / "docs/results/weights.jsonl"):
         numbers = f"{record['bits_per_weight']:.2f}", *(f"{record[kl]:.3f}" for kl in ("kl_prose", "kl_code"))
         measured.add((record["model"].split("-")[0], f"{record['bits']} bits", record["method"], *numbers))
-    weights = (ROOT / "README.md").read_text().partition("## Weights, too")[2].partition("\n## ")[0]
+    weights = (ROOT / "docs/results/README.md").read_text().partition("## Weights, too")[2].partition("\n## ")[0]
     pair = r" \| ([\d.]+) \| ([\d.]+) / ([\d.]+)"
     rows = re.findall(rf"^\| ([\w.]+)-[^,]*, (\d bits)[^|]*{pair}{pair} \|$", weights, re.M)
     assert len(rows) >= 5

@@ -16,6 +16,7 @@ from cache.layers import Tokens, random_tokens
 from mikv import MiKVCache, MiKVConfig, ops
 from mikv.cache import norms, packed, warm_up
 from mikv.cache.layer import TwoTierLayer
+from mikv.integrations.transformers.versions import as_argument
 from mikv.ops import AttentionOptions, attend_unpacked, cpu, fallback, matmul, native
 from mikv.weights.embedding import BCQEmbedding
 from mikv.weights.linear import BCQLinear
@@ -217,10 +218,10 @@ def test_generation_and_files_are_as_in_the_default_state(family: str, state: st
 
     def work(file: Path) -> Results:
         cache = MiKVCache(model.config)
-        first = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        first = model.generate(ids, **as_argument(cache), max_new_tokens=8, do_sample=False)
         cache.save(file)
         loaded = MiKVCache.load(file, model.config)
-        rest = model.generate(first, past_key_values=loaded, max_new_tokens=40, do_sample=False)
+        rest = model.generate(first, **as_argument(loaded), max_new_tokens=40, do_sample=False)
         tensors = [layer.tokens.state()[0] for layer in loaded.layers if hasattr(layer, "tokens")]
         return [first, rest, *(table[name].detach() for table in tensors for name in sorted(table))]
 
@@ -237,12 +238,12 @@ def test_generation_under_autocast_is_that_of_the_full_cache(family: str) -> Non
     ids = torch.randint(FIRST_WORD, VOCAB_SIZE, (1, 90), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         full = copy.deepcopy(model).generate(
-            ids, past_key_values=DynamicCache(config=model.config), max_new_tokens=20, do_sample=False
+            ids, **as_argument(DynamicCache(config=model.config)), max_new_tokens=20, do_sample=False
         )
         exact = MiKVCache(model.config, MiKVConfig(high="exact", importance_ratio=1.0))
-        assert torch.equal(model.generate(ids, past_key_values=exact, max_new_tokens=20, do_sample=False), full)
+        assert torch.equal(model.generate(ids, **as_argument(exact), max_new_tokens=20, do_sample=False), full)
         packed_cache = MiKVCache(model.config)
-        assert model.generate(ids, past_key_values=packed_cache, max_new_tokens=40, do_sample=False).shape == (1, 130)
+        assert model.generate(ids, **as_argument(packed_cache), max_new_tokens=40, do_sample=False).shape == (1, 130)
 
 
 def test_tables_that_were_first_needed_in_inference_mode_serve_training() -> None:

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from mikv import MiKVCache, reference
 from mikv.errors import CacheStateError, UnsupportedModelError
+from mikv.integrations.transformers.versions import as_argument
 from mikv.ops import AttentionOptions, attend_unpacked, cpu, fallback
 from mikv.reference import causal_mask
 from numerics import gaussian
@@ -53,7 +54,7 @@ def require_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 def test_gradients_are_those_of_eager_attention(family: str, when: str, padding: int) -> None:
     model = model_of(family)
     if when == "after a cache was used":
-        model(ids(100), past_key_values=MiKVCache(model.config))
+        model(ids(100), **as_argument(MiKVCache(model.config)))
     logits, gradients = trained(model.train(), "mikv", padding)
     eager_logits, eager_gradients = trained(model, "eager", padding)
     assert (logits - eager_logits).abs().max() <= 1e-4 * eager_logits.abs().max()
@@ -74,7 +75,7 @@ def test_dropout_is_that_of_eager_attention_with_the_same_seed(family: str) -> N
 def test_dropout_with_a_cache_is_refused(family: str) -> None:
     model = model_of(family, attention_dropout=0.5).train()
     with pytest.raises(UnsupportedModelError, match=r"dropout of 0\.5 .* call model\.eval\(\) first"):
-        model(ids(), past_key_values=MiKVCache(model.config))
+        model(ids(), **as_argument(MiKVCache(model.config)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +92,7 @@ def test_a_step_with_a_cache_in_grad_mode_answers_and_has_no_gradients(family: s
 
 def two_steps(model: PreTrainedModel, length: int) -> list[object]:
     cache = MiKVCache(model.config)
-    return [model(ids(length), past_key_values=cache), model(ids(3), past_key_values=cache)]
+    return [model(ids(length), **as_argument(cache)), model(ids(3), **as_argument(cache))]
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 5, 9, dtype=torch.bool).tril(2)], ids=["causal", "masked"])

@@ -20,6 +20,7 @@ from mikv.cache.accounting import cache_bytes
 from mikv.cache.geometry import CacheGeometry, LayerGeometry
 from mikv.errors import MiKVError, UnsupportedModelError
 from mikv.integrations.transformers.cache import MiKVLayer
+from mikv.integrations.transformers.versions import as_argument
 
 NUM_TOKENS = 100  # more than a warm-up and than a window
 _MOST_PARAMETERS = 20_000_000
@@ -80,7 +81,7 @@ def built(model_type: str) -> PreTrainedModel | None:
 def fill(model: PreTrainedModel, cache: Any) -> None:
     token_ids = torch.arange(NUM_TOKENS)[None] % 90 + 3
     with torch.no_grad():
-        model(token_ids, past_key_values=cache, use_cache=True)
+        model(token_ids, **as_argument(cache), use_cache=True)
 
 
 def stored(layer: Any) -> tuple[int, ...] | None:
@@ -172,7 +173,7 @@ def test_gemma_4_is_sized_layer_by_layer(preset: str, num_tokens: int) -> None:
     config = MiKVConfig.preset(preset)
     cache = MiKVCache(model.config, config)
     with torch.no_grad():
-        model(torch.arange(num_tokens)[None] % 90 + 3, past_key_values=cache)
+        model(torch.arange(num_tokens)[None] % 90 + 3, **as_argument(cache))
     assert cache.memory().bytes == cache_bytes(config, geometry, num_tokens).bytes
 
 

@@ -11,6 +11,7 @@ from mikv.cache.budget import choose_preset, shortest
 from mikv.cache.geometry import CacheGeometry
 from mikv.cli.options import CacheChoice
 from mikv.errors import ConfigError
+from mikv.integrations.transformers.versions import as_argument
 from tiny import tiny_model
 
 
@@ -24,7 +25,7 @@ def model():
 def report(model, num_tokens, config=None, batch=1):
     cache = MiKVCache(model.config, config)
     with torch.no_grad():
-        model(torch.arange(num_tokens)[None].repeat(batch, 1) % 90 + 3, past_key_values=cache)
+        model(torch.arange(num_tokens)[None].repeat(batch, 1) % 90 + 3, **as_argument(cache))
     return cache.memory()
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mikv import MiKVCache, MiKVConfig
+from mikv.integrations.transformers.versions import as_argument
 from tiny import tiny_model
 
 
@@ -20,7 +21,7 @@ def test_what_16_bit_scales_cannot_hold_is_said(
     with torch.no_grad():
         model.model.layers[1].self_attn.get_submodule(projection).weight.mul_(size)
         with caplog.at_level(logging.WARNING, "mikv"):
-            model(torch.arange(3, 83)[None], past_key_values=MiKVCache(model.config, MiKVConfig.preset("balanced")))
+            model(torch.arange(3, 83)[None], **as_argument(MiKVCache(model.config, MiKVConfig.preset("balanced"))))
     said = [record.getMessage() for record in caplog.records if "too small for scales" in record.getMessage()]
     assert bool(said) == is_said
     assert all(line.startswith("layer 1: a head's ") and "skip_layers=(1,)" in line for line in said)

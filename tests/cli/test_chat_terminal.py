@@ -23,6 +23,7 @@ from mikv.cli.conversation import Conversation
 from mikv.cli.progress import Stopped
 from mikv.errors import CacheStateError
 from mikv.integrations.transformers import MiKVCache
+from mikv.integrations.transformers.versions import as_argument
 from mikv.models import LoadedModel
 from tiny_chat import chat_model, chat_tokenizer
 
@@ -242,7 +243,7 @@ def test_a_cache_is_kept_if_it_can_be_taken_back_and_else_filled_anew(monkeypatc
 
     def stopped(loaded, token_ids, cache, options):
         if leaves_tokens:
-            loaded.model.model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+            loaded.model.model(torch.tensor([[5, 6, 7]]), **as_argument(cache))
         raise Stopped
 
     def refuse(*_):

@@ -217,9 +217,9 @@ def test_a_cache_is_freed_without_the_collector() -> None:
     gc.collect()
     gc.disable()
     try:
-        before = sum(isinstance(found, MiKVCache) for found in gc.get_objects())
+        before = sum(type(found) is MiKVCache for found in gc.get_objects())
         for _ in range(5):
             filled(model, config, 100)
-        assert sum(isinstance(found, MiKVCache) for found in gc.get_objects()) == before
+        assert sum(type(found) is MiKVCache for found in gc.get_objects()) == before
     finally:
         gc.enable()

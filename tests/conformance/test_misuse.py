@@ -107,3 +107,20 @@ def test_states_of_linear_attention_count() -> None:
     linear = cache.layers[0]
     states = [state for kind in (linear.conv_states, linear.recurrent_states) for state in kind.values()]
     assert cache.memory().layers[0].bytes == sum(state.nbytes for state in states) > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "qwen2-half-sliding"])
+@pytest.mark.parametrize("removed", [0, torch.tensor(0), -2, torch.tensor(-2)], ids=repr)
+def test_a_crop_of_any_kind_of_number_frees_what_waits_for_it(removed: int | torch.Tensor, family: str) -> None:
+    model = tiny_model(family)
+    cache = EXACT.make(model)
+    cache.activate_past_recording()
+    model(PROMPT.ids, **as_argument(cache))
+    cache.crop(0)
+    model(PROMPT.ids[:, :4], **as_argument(cache))
+    cache.crop(removed)
+    assert type(cache.get_seq_length()) is int
+    assert cache.get_seq_length() == 79 + int(removed)
+    for layer in cache.layers:
+        if getattr(layer, "is_sliding", False):
+            assert layer.keys.shape[-2] < layer.sliding_window

@@ -13,6 +13,7 @@ import torch
 
 from mikv.cache_names import parse_cache
 from mikv.errors import ConfigError, UnsupportedModelError
+from mikv.integrations.transformers.versions import CACHE_ARGUMENT, as_argument
 from mikv.lab.baselines import kvpress
 from mikv.lab.recording import fill, record
 from tiny import tiny_model
@@ -32,7 +33,7 @@ class EveryPress:
         return max(1, int(num_tokens * (1 - self.compression_ratio)))
 
     def hook(self, module, args, kwargs, output):
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        layer = kwargs[CACHE_ARGUMENT].layers[module.layer_idx]
         count = self.num_kept(module.layer_idx, layer.keys.shape[2])
         self.kept.append(count)
         layer.keys, layer.values = layer.keys[:, :, :count], layer.values[:, :, :count]
@@ -79,14 +80,14 @@ def model():
 
 def read(model, cache):
     pieces = IDS[:, NUM_PROMPT:].split((7, 1, 1, 1), dim=1)
-    return torch.cat([model(piece, past_key_values=cache).logits[0] for piece in pieces])
+    return torch.cat([model(piece, **as_argument(cache)).logits[0] for piece in pieces])
 
 
 @pytest.mark.usefixtures("package")
 def test_what_follows_reads_what_the_press_has_kept_at_its_own_positions(model) -> None:
     """As a full pass does under a mask that hides the rest from all queries after the prompt."""
     cache = parse_cache("kvpress:every@0.5").make(model, NUM_TOKENS)
-    model(IDS[:, :NUM_PROMPT], past_key_values=cache)
+    model(IDS[:, :NUM_PROMPT], **as_argument(cache))
     assert EveryPress.kept == [40, 40]  # and 10 that follow: half of 100
     found = read(model, cache)
     sees = torch.ones(NUM_TOKENS, NUM_TOKENS, dtype=torch.bool).tril()
@@ -101,7 +102,7 @@ def test_what_follows_reads_what_the_press_has_kept_at_its_own_positions(model) 
 def test_all_bytes_are_within_the_share(model) -> None:
     named = parse_cache("kvpress:EveryPress@0.5")
     cache = named.make(model, NUM_TOKENS)
-    model(IDS[:, :NUM_PROMPT], past_key_values=cache)
+    model(IDS[:, :NUM_PROMPT], **as_argument(cache))
     read(model, cache)
     assert cache.get_seq_length() == NUM_TOKENS
     assert named.bytes(cache) == 50 * 2 * 2 * 2 * 64 * 2  # tokens, layers, keys and values, heads, channels, 16 bits
@@ -112,7 +113,7 @@ def test_filling_reads_the_prompt_itself(model) -> None:
     recording = record(model, IDS[0, :NUM_PROMPT])
     filled = fill(parse_cache("kvpress:Every@0.5").make(model, NUM_TOKENS), recording)
     prefilled = parse_cache("kvpress:Every@0.5").make(model, NUM_TOKENS)
-    model(IDS[:, :NUM_PROMPT], past_key_values=prefilled)
+    model(IDS[:, :NUM_PROMPT], **as_argument(prefilled))
     assert torch.equal(read(model, copy.deepcopy(filled)), read(model, prefilled))
 
 
@@ -120,9 +121,9 @@ def test_filling_reads_the_prompt_itself(model) -> None:
 def test_the_hooks_wait_for_their_own_cache_and_are_gone_after_it(model) -> None:
     named = parse_cache("kvpress:Every@0.5")
     cache, abandoned = named.make(model, NUM_TOKENS), named.make(model, NUM_TOKENS)
-    model(IDS, past_key_values=parse_cache("full").make(model, NUM_TOKENS))
+    model(IDS, **as_argument(parse_cache("full").make(model, NUM_TOKENS)))
     assert EveryPress.kept == []
-    model(IDS[:, :NUM_PROMPT], past_key_values=cache)
+    model(IDS[:, :NUM_PROMPT], **as_argument(cache))
     assert len(EveryPress.kept) == 2
     del abandoned
     gc.collect()
@@ -137,14 +138,14 @@ def test_the_hooks_wait_for_their_own_cache_and_are_gone_after_it(model) -> None
 def test_presses_that_free_nothing_or_not_the_same_are_refused(press, message, model) -> None:
     cache = parse_cache(f"kvpress:{press}@0.5").make(model, NUM_TOKENS)
     with pytest.raises(UnsupportedModelError, match=f"{press}Press {message}|{press}Press keeps {message}"):
-        model(IDS[:, :NUM_PROMPT], past_key_values=cache)
+        model(IDS[:, :NUM_PROMPT], **as_argument(cache))
 
 
 @pytest.mark.usefixtures("package")
 def test_a_share_that_the_tokens_after_the_prompt_take_alone_is_refused(model) -> None:
     cache = parse_cache("kvpress:Every@0.05").make(model, NUM_TOKENS)
     with pytest.raises(ConfigError, match=r"the 10 tokens after it take more than 0\.05 of the fp16 bytes of 100"):
-        model(IDS[:, :NUM_PROMPT], past_key_values=cache)
+        model(IDS[:, :NUM_PROMPT], **as_argument(cache))
 
 
 @pytest.mark.usefixtures("package")

@@ -12,10 +12,14 @@ from transformers import PreTrainedModel
 
 from mikv.errors import CheckpointError, UnsupportedModelError
 from mikv.integrations.quantizer.tensor_files import Header, headers
+from mikv.weights.module import BCQModule
+
+_CODED = {torch.uint8: "U8", torch.float16: "F16"}  # the dtypes of a coding's parts, as safetensors calls them
 
 
 def require_complete(model: PreTrainedModel, files: Sequence[Path], passed_over: Sequence[str] = ()) -> None:
-    """Raise CheckpointError, naming the tensor, for one that is missing or of another shape than the model's.
+    """Raise CheckpointError, naming the tensor, for one that is missing or of another shape than the model's, and for
+    parts of a coding of another dtype.
 
     Names that transformers translates are its to check: if the files have other names than the model, fewer of them
     prove nothing.
@@ -25,6 +29,9 @@ def require_complete(model: PreTrainedModel, files: Sequence[Path], passed_over:
     for name in sorted(wanted.keys() & found.keys()):
         full_name, tensor = wanted[name]
         _require_shape(full_name, tensor, found[name])
+        layer, _, part = full_name.rpartition(".")
+        if part != "bias" and isinstance(model.get_submodule(layer), BCQModule):
+            _require_dtype(full_name, tensor, found[name])  # transformers 5.16 would cast it into shape
     tied = {_within(model, name) for pair in model.all_tied_weights_keys.items() for name in pair}
     missing = sorted(wanted.keys() - found.keys() - tied)
     if missing and (found.keys() <= wanted.keys() or not _is_saved_class(model)):
@@ -59,6 +66,11 @@ def _require_shape(name: str, tensor: torch.Tensor, found: Header) -> None:
             f"{name} is {found.dtype} {found.shape}, but {tuple(tensor.shape)} by config.json; one of them is damaged "
             "or another's"
         )
+
+
+def _require_dtype(name: str, tensor: torch.Tensor, found: Header) -> None:
+    if found.dtype != _CODED[tensor.dtype]:
+        raise CheckpointError(f"{name} is {found.dtype}, but {_CODED[tensor.dtype]} in what mikv writes; it is damaged")
 
 
 def _within(model: PreTrainedModel, name: str) -> str:

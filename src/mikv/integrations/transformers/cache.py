@@ -235,16 +235,17 @@ class MiKVCache(Cache):
         Raises CacheStateError if a layer has demoted some of them, RuntimeError if a sliding window has dropped older
         ones that it would need again; `activate_past_recording` before the tokens come prevents both.
         """
+        tokens_to_remove = int(tokens_to_remove)  # a tensor, up to transformers 5.17, would make the lengths tensors
         if self._step is not None and not self._step.is_whole:
             self.fail()
         if self._step is not None:
             self._require_whole()
-        if tokens_to_remove == 0:
-            return
         for index in self._compressed:
             self.layers[index].require_croppable(tokens_to_remove)
         # transformers' layers refuse before they change anything, and ours have been asked, so those go first
         layers = sorted(self.layers, key=lambda layer: isinstance(layer, MiKVLayer))
+        if not tokens_to_remove:  # says to those that wait for it that nothing will be taken back
+            layers = [layer for layer in layers if getattr(layer, "record_past", False)]
         self._on_all("crop", layers, lambda layer: layer.crop(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mikv.errors import ConfigError, UnsupportedModelError
 from mikv.formats import raw_format
+from mikv.integrations.transformers.versions import as_argument
 
 _SUFFIX = "Press"
 
@@ -83,7 +84,7 @@ class PressedLayer(DynamicLayer):
         self.num_read += key_states.shape[2]
         if self.stored_dtype is None:
             return super().update(key_states, value_states)
-        self.keys, self.values = self.keys.to(self.dtype), self.values.to(self.dtype)
+        self.keys, self.values = self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
         seen: tuple[Tensor, Tensor] = super().update(key_states, value_states)
         self.store_as(self.stored_dtype)
         return seen
@@ -119,7 +120,7 @@ class PressedCache(DynamicCache):
         """Read the prompt `tokens` (T,): presses need hidden states, which no recording has."""
         model = self._model()
         assert model is not None, "the model was deleted before its cache was used"
-        model(tokens[None], past_key_values=self, logits_to_keep=1)
+        model(tokens[None], **as_argument(self), logits_to_keep=1)
 
     def compression_ratio(self, num_prompt: int) -> float:
         """The share of the prompt that has to go for all to fit at the end. Raises ConfigError if nothing can stay."""
@@ -144,14 +145,14 @@ class PressedCache(DynamicCache):
                 "has no mask; use a press that keeps as many in each"
             )
         for layer in layers:
-            layer.store_as(raw_format("fp16", layer.dtype, layer.keys.shape[3]).dtype)
+            layer.store_as(raw_format("fp16", layer.keys.dtype, layer.keys.shape[3]).dtype)
 
     def _wait_for_prompt(self, model: PreTrainedModel) -> None:
         own, press = weakref.ref(self), ExitStack()  # the hooks do not keep the cache alive
 
         def prompt_of(kwargs: dict[str, Any]) -> PressedCache | None:
             cache = own()
-            return cache if cache is not None and kwargs.get("past_key_values") is cache else None
+            return cache if cache is not None and any(value is cache for value in kwargs.values()) else None
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if (cache := prompt_of(kwargs)) is not None:
