@@ -32,7 +32,7 @@ def prompt(head_dim: int, maker: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def statistics(queries: Tensor, keys: Tensor, values: Tensor, center_keys: bool) -> PromptStatistics:
     counted = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool)
-    return PromptStatistics.measure(keys, values, queries.abs().amax(2), counted, center_keys)
+    return PromptStatistics.measure((keys, values), queries.abs().amax(2), counted, center_keys)
 
 
 @pytest.mark.parametrize("maker", MAKERS)
@@ -197,12 +197,12 @@ def test_statistics_by_hand() -> None:
     values = keys + 10.0
     counted = torch.ones(1, 3, dtype=torch.bool)
     query_max = torch.tensor([[[7.0, 8.0]]])
-    plain = PromptStatistics.measure(keys, values, query_max, counted, center_keys=False)
+    plain = PromptStatistics.measure((keys, values), query_max, counted, center_keys=False)
     assert plain.key_mean.tolist() == [[[[1.0, 1.0]]]]
     assert plain.value_mean.tolist() == [[[[11.0, 11.0]]]]
     assert plain.key_max.tolist() == [[[[3.0, 5.0]]]]
     assert plain.query_max.tolist() == [[[[7.0, 8.0]]]]
-    centered = PromptStatistics.measure(keys, values, query_max, counted, center_keys=True)
+    centered = PromptStatistics.measure((keys, values), query_max, counted, center_keys=True)
     assert centered.key_max.tolist() == [[[[2.0, 5.0]]]]
 
 
@@ -214,9 +214,9 @@ def test_tokens_that_are_not_counted_change_nothing(center_keys: bool) -> None:
     counted = torch.ones(2, 9, dtype=torch.bool)
     counted[0, :4] = False
     query_max = torch.ones(2, 3, 64)
-    together = PromptStatistics.measure(keys, values, query_max, counted, center_keys)
+    together = PromptStatistics.measure((keys, values), query_max, counted, center_keys)
     alone = PromptStatistics.measure(
-        keys[:1, :, 4:], values[:1, :, 4:], query_max[:1], torch.ones(1, 5, dtype=torch.bool), center_keys
+        (keys[:1, :, 4:], values[:1, :, 4:]), query_max[:1], torch.ones(1, 5, dtype=torch.bool), center_keys
     )
     assert_close(together.key_mean[:1], alone.key_mean, "float32", op="key mean")
     assert_close(together.value_mean[:1], alone.value_mean, "float32", op="value mean")
@@ -226,7 +226,7 @@ def test_tokens_that_are_not_counted_change_nothing(center_keys: bool) -> None:
 def test_a_row_without_tokens_has_a_transform() -> None:
     keys = gaussian((1, 2, 5, 64))
     counted = torch.zeros(1, 5, dtype=torch.bool)
-    stats = PromptStatistics.measure(keys, keys, torch.zeros(1, 2, 64), counted, center_keys=True)
+    stats = PromptStatistics.measure((keys, keys), torch.zeros(1, 2, 64), counted, center_keys=True)
     transform = fit_key_transform(stats, True, True, (0.5, 0.5), 64)
     assert all(bool(tensor.isfinite().all()) for tensor in transform.tensors().values())
 

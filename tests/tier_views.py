@@ -77,7 +77,7 @@ def fitted(queries: Tensor, keys: Tensor, values: Tensor) -> Transforms:
     """All transforms on, fitted to these tokens (B, H or G, T, D)."""
     largest = queries.abs().amax(2).unflatten(1, (NUM_KV_HEADS, -1)).amax(2)
     counted = torch.ones(BATCH, keys.shape[2], dtype=torch.bool)
-    stats = PromptStatistics.measure(keys, values, largest, counted, True)
+    stats = PromptStatistics.measure((keys, values), largest, counted, True)
     size = hadamard_block_size(keys.shape[3])
     return fit_key_transform(stats, True, True, (0.5, 0.5), size), fit_value_transform(stats, True, size)
 

@@ -128,12 +128,29 @@ class PromptStatistics:
     query_max: Tensor
 
     @classmethod
-    def measure(cls, keys: Tensor, values: Tensor, query_max: Tensor, counted: Tensor, center_keys: bool) -> Self:
-        """Over the tokens marked in `counted` (B, T) bool of keys and values (B, G, T, D); `query_max` (B, G, D)."""
+    def measure(
+        cls,
+        keys_values: tuple[Tensor, Tensor],
+        query_max: Tensor,
+        counted: Tensor,
+        center_keys: bool,
+        attention: Tensor | None = None,
+    ) -> Self:
+        """Over the tokens marked in `counted` (B, T) bool of keys and values (B, G, T, D); `query_max` (B, G, D).
+
+        Values are averaged by the `attention` (B, G, T) that they received: what is read most is rounded best, above
+        all tokens that are alike, whose errors add up.
+        """
+        keys, values = keys_values
         weight = counted[:, None, :, None].float()  # (B, 1, T, 1)
         count = weight.sum(2, keepdim=True).clamp_min(1)
         key_mean = (keys.float() * weight).sum(2, keepdim=True) / count
         value_mean = (values.float() * weight).sum(2, keepdim=True) / count
+        if attention is not None:
+            share = attention[..., None] * weight  # (B, G, T, 1)
+            total = share.sum(2, keepdim=True)
+            mean = (values.float() * share).sum(2, keepdim=True) / total.clamp_min(torch.finfo(torch.float32).tiny)
+            value_mean = torch.where(total > 0, mean, value_mean)
         centered = keys.float() - _storable(key_mean).float() if center_keys else keys.float()
         key_max = (centered.abs() * weight).amax(2, keepdim=True)
         return cls(key_mean, value_mean, key_max, query_max[:, :, None, :])

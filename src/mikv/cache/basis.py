@@ -28,7 +28,7 @@ LEAST_DIFFERENT = 16
 # By then a warm-up ends, whatever is in it: what it holds is exact, and takes the memory that is to be saved.
 LONGEST_WARM_UP = 512
 _SAMPLED = 128  # tokens of a row that are compared with each other
-_ALIKE = 0.1  # squared distance of two values, as a share of their mean square
+_ALIKE = 0.01  # squared distance of two values, as a share of their mean square; biases may be most of that
 
 
 def is_ready(warm_up: WarmUp, columns: Columns) -> bool:
@@ -72,7 +72,9 @@ def fit_basis(warm_up: WarmUp, columns: Columns, valid: Tensor) -> tuple[KeyTran
     config, keys, queries = warm_up.config, warm_up.tokens.keys, warm_up.statistics
     body = valid & (valid.cumsum(1) > config.sinks)
     counted = torch.where(body.any(1, keepdim=True), body, valid)
-    stats = PromptStatistics.measure(keys, warm_up.tokens.values, queries.query_max, counted, config.center_keys)
+    attention = queries.attention if warm_up.policy.uses_attention else None
+    both = keys, warm_up.tokens.values
+    stats = PromptStatistics.measure(both, queries.query_max, counted, config.center_keys, attention)
     moment = queries.query_moment
     enough = rests_on_enough(warm_up, columns)
     if not all(enough) and len(enough) > 1:

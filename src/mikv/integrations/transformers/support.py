@@ -54,12 +54,12 @@ def require_attachable(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"the forward of {name} takes no cache, so there is nothing to compress")
 
 
-def _has_interface(cls: type[PreTrainedModel]) -> bool:
+def _has_interface(cls: Any) -> bool:
     # either flag alone is also found on classes that never look the function up
     return (cls._supports_attention_backend or cls._supports_sdpa) and cls._can_set_attn_implementation()
 
 
-def _classes_of(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
+def _classes_of(config: PreTrainedConfig) -> list[Any]:
     """The model classes of transformers that are written for a configuration; none for code that comes with a model."""
     for base in type(config).__mro__:
         if ".configuration_" not in base.__module__ or not base.__module__.startswith("transformers."):
@@ -69,7 +69,8 @@ def _classes_of(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
             module = sys.modules.get(name) or import_module(name)
         except ImportError:
             continue
-        own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
-        if found := [cls for cls in own if issubclass(cls, PreTrainedModel) and cls.config_class is base]:
+        own: list[Any] = [value for value in vars(module).values() if isinstance(value, type)]
+        own = [cls for cls in own if cls.__module__ == name and issubclass(cls, PreTrainedModel)]
+        if found := [cls for cls in own if cls.config_class is base]:
             return found
     return []
