@@ -82,7 +82,9 @@ def _target(path: Path, overwrite: bool) -> Path:
         found = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         if not path.parent.is_dir():
-            raise CheckpointError(f"the folder {given.parent} does not exist") from None
+            raise CheckpointError(
+                f"the folder {given.parent} does not exist; create it or choose another one"
+            ) from None
         return path
     _require_regular(found, path)
     if not overwrite:

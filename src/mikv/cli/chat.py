@@ -25,6 +25,7 @@ from mikv.cli.options import (
     SeedOption,
     SystemOption,
     TemperatureOption,
+    TrustOption,
     load_for_cli,
 )
 from mikv.cli.prompt import Interrupts, messages, say
@@ -50,6 +51,7 @@ logger = logging.getLogger("mikv")
 
 def chat(
     model: ModelOption = BUNDLED_MODEL,
+    trust_remote_code: TrustOption = False,
     preset: PresetOption = None,
     budget: BudgetOption = None,
     config: ConfigOption = None,
@@ -67,7 +69,7 @@ def chat(
     from mikv.cli.answer import AnswerOptions
     from mikv.cli.conversation import Conversation
 
-    loaded = load_for_cli(model)
+    loaded = load_for_cli(model, trust_remote_code=trust_remote_code)
     conversation = Conversation(loaded, choice.for_model(loaded.model.config), system)
     if seed is not None:
         torch.manual_seed(seed)

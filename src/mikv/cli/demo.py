@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from mikv.cli.options import ModelOption, load_for_cli
+from mikv.cli.options import ModelOption, TrustOption, load_for_cli
 from mikv.cli.terminal import console
 from mikv.models import BUNDLED_MODEL, find_model
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def demo(
     model: ModelOption = BUNDLED_MODEL,
+    trust_remote_code: TrustOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Hide a fact in a document of 3,000 tokens and ask for it through six caches."""
@@ -25,7 +26,7 @@ def demo(
 
     from mikv.lab.demo import FACT, FORCED_TOKENS, QUESTION, run_demo
 
-    loaded = load_for_cli(model, quiet=as_json)
+    loaded = load_for_cli(model, quiet=as_json, trust_remote_code=trust_remote_code)
     progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

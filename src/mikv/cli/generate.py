@@ -18,6 +18,7 @@ from mikv.cli.options import (
     SeedOption,
     SystemOption,
     TemperatureOption,
+    TrustOption,
     load_for_cli,
 )
 from mikv.cli.terminal import console, writer
@@ -36,6 +37,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt, or - to read it from stdin.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     model: ModelOption = BUNDLED_MODEL,
+    trust_remote_code: TrustOption = False,
     preset: PresetOption = None,
     budget: BudgetOption = None,
     config: ConfigOption = None,
@@ -65,7 +67,7 @@ def generate(
     from mikv.cli.progress import prefill_bar
     from mikv.integrations.transformers import MiKVCache
 
-    loaded = load_for_cli(model, quiet=as_json)
+    loaded = load_for_cli(model, quiet=as_json, trust_remote_code=trust_remote_code)
     token_ids = _prompt_ids(loaded, text, system, raw)
     longest = context_length(loaded.model.config)
     if longest is not None and len(token_ids) + max_new_tokens > longest:

@@ -155,7 +155,7 @@ class Order:
         from mikv.models import LoadedModel
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelNotFoundError(f"the folder {source} has no tokenizer that transformers can load") from error
         model, report = import_packed(

@@ -119,7 +119,7 @@ FORGERIES = {
     "sends answers ahead": """
         import os
         body = b'["tuple", ["value", ["int", "3"]]]'
-        for descriptor in range(3, 20):
+        for descriptor in range(3, 4096):
             try: os.write(descriptor, (len(body).to_bytes(4, "little") + body) * 50)
             except OSError: pass
         def total(numbers): return 3
@@ -191,7 +191,7 @@ def test_a_message_that_is_none_fails(message):
     program = f"""
         import os
         message = {message!r}
-        for descriptor in range(3, 20):
+        for descriptor in range(3, 4096):
             try: os.write(descriptor, message)
             except OSError: pass
         def total(numbers): return sum(numbers)

@@ -305,6 +305,6 @@ def _tokenizer_of(model: PreTrainedModel) -> Any:
 
     source = getattr(model.config, "name_or_path", "")
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError("calibration needs the model's tokenizer; pass tokenizer=...") from error
