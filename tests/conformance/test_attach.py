@@ -140,7 +140,7 @@ def test_what_is_no_configuration_is_refused(config: Any, model: PreTrainedModel
 
 def test_a_cache_of_another_model_is_refused(model: PreTrainedModel) -> None:
     larger = tiny_model("llama", num_hidden_layers=3)
-    with pytest.raises(mikv.CacheStateError, match="make it for model.config itself"):
+    with pytest.raises(mikv.CacheStateError, match=r"make it for model\.config itself"):
         larger(PROMPT.ids, **as_argument(MiKVCache(model.config)))
     larger.config._attn_implementation = model.config._attn_implementation = "mikv"
     with pytest.raises(mikv.CacheStateError, match="made for a model of 2 layers"):
