@@ -1,9 +1,12 @@
 """Checks of a cache's own operations: rows, crop, reset, offload, save, compile, and what its numbers are worth."""
 
+import gc
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -92,6 +95,56 @@ def reset(trial: Trial) -> None:
     require_close(_continued(trial, cache, prompt, after), before, "bitwise", "the first use")
 
 
+def interrupted_step(trial: Trial) -> None:
+    """a step that fails in the last layer, then the same again"""
+    prompt, after = _words(1, *ONE_ROW), _words(1, 8)
+    cache, token = trial.cache(), after[:, :1]
+    trial.feed(cache, prompt)
+    last = trial.model.model.layers[-1]
+    failing = last.register_forward_pre_hook(_fail)
+    with suppress(_SimulatedError):
+        trial.feed(cache, token)
+    failing.remove()
+    try:
+        retried = trial.feed(cache, token)
+    except RuntimeError as error:
+        if "crop(0)" not in str(error):
+            raise
+        cache.crop(0)
+        retried = trial.feed(cache, token)
+    other = trial.cache()
+    trial.feed(other, prompt)
+    expected = trial.feed_each(other, after)
+    actual = torch.cat((retried, trial.feed_each(cache, after[:, 1:])), 1)
+    trial.require_same_rows(actual, expected, "steps that nothing interrupted")
+
+
+def unchanged_model(trial: Trial) -> None:
+    """the model is as before, without a cache"""
+    model, prompt = trial.model, Prompt.random(*ONE_ROW)
+    before, attention = model(prompt.ids, use_cache=False).logits, model.config._attn_implementation
+    trial.generate(trial.cache(), prompt)
+    assert model.config._attn_implementation == attention, (
+        f"attention is {model.config._attn_implementation} afterwards"
+    )
+    assert torch.equal(model(prompt.ids, use_cache=False).logits, before), (
+        "the model computes something else afterwards"
+    )
+
+
+def freed(trial: Trial) -> None:
+    """memory is freed as soon as nobody uses the cache"""
+    cache = trial.cache()
+    trial.feed(cache, Prompt.random(*ONE_ROW).ids)
+    alive = ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert alive() is None, "a reference cycle keeps it until the collector runs"
+    finally:
+        gc.enable()
+
+
 def offload(trial: Trial) -> None:
     """offload and prefetch of layers"""
 
@@ -161,6 +214,14 @@ def compiled_decoding(trial: Trial) -> None:
     finally:
         torch._dynamo.reset()
     require_same_tokens(compiled, eager, "the model as it is")
+
+
+class _SimulatedError(Exception):
+    """What a model might raise in the middle of a step."""
+
+
+def _fail(*args: Any) -> None:
+    raise _SimulatedError
 
 
 def _words(*shape: int) -> Tensor:
