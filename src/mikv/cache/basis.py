@@ -48,7 +48,10 @@ def rests_on_enough(warm_up: WarmUp, columns: Columns) -> list[bool]:
         if count < wanted or least <= 1:
             found.append(count >= wanted)
             continue
-        tokens = torch.arange(count, device=values.device) if valid is None else valid[row].nonzero()[:, 0]
+        if valid is None:
+            tokens = torch.arange(count, dtype=torch.int64, device=values.device)
+        else:
+            tokens = valid[row].nonzero()[:, 0]
         chosen = tokens[:: max(1, count // _SAMPLED)]
         found.append(_num_different(values[row][:, chosen]) >= least)
     return found

@@ -93,9 +93,9 @@ def context_length(model_config: Any) -> int | None:
 
 def refuse_latent_attention(config: Any) -> None:
     """Raise UnsupportedModelError if the model caches latents instead of keys and values (DeepSeek's MLA)."""
-    per_layer = getattr(config, "per_layer_config", None)
-    ranks = [getattr(one, "kv_lora_rank", None) for one in ([config] if per_layer is None else per_layer)]
-    if rank := max(filter(None, ranks), default=None):
+    layers = getattr(config, "per_layer_config", None)
+    configs = layers if isinstance(layers, Sequence) else [config]
+    if rank := next((rank for one in configs if (rank := getattr(one, "kv_lora_rank", None))), None):
         raise UnsupportedModelError(
             f"{getattr(config, 'model_type', 'this model')} uses multi-head latent attention "
             f"(kv_lora_rank={rank}): it caches one compressed latent per token and no keys and values "

@@ -46,7 +46,7 @@ def _build(name: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
     try:
         real = AutoConfig.for_model(**{**config, "quantization_config": None})
         with torch.device("meta"):
-            return real, AutoModelForCausalLM.from_config(real)
+            return real, AutoModelForCausalLM.from_config(real, trust_remote_code=False)
     except Exception as error:  # a class refuses impossible fields with whatever it runs into
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"transformers cannot build {name} from its configuration: {reason[:300]}") from error

@@ -13,11 +13,13 @@ from mikv.integrations.quantizer.config import BCQConfig
 def skeleton(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel | None:
     """The model of a folder without weights; None where it cannot be built, which loading it explains."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             return None
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype, trust_remote_code=False
+            )
     except Exception:  # a hostile config.json fails in many ways, which are the loader's to name
         return None
     return model

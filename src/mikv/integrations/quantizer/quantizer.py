@@ -175,7 +175,8 @@ class BCQQuantizer(HfQuantizer):
         state = model.state_dict()
         first = next((name for name, module in model.named_modules() if isinstance(module, BCQLinear)), None)
         if first is not None:
-            state |= {f"{first}.weight": torch.zeros(1, dtype=torch.uint8), _NOTICE: torch.zeros(1, dtype=torch.uint8)}
+            byte = torch.zeros(1, dtype=torch.uint8, device="cpu")
+            state |= {f"{first}.weight": byte, _NOTICE: byte.clone()}
         self.quantization_config.format = FORMAT_VERSION
         return checksums.describe(model, state)
 
