@@ -5,7 +5,7 @@ its attention function, which thereby gets the queries, the mask and the cache w
 without a cache layer (no cache, a sliding-window layer, another cache) get the model's own attention.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -152,7 +152,7 @@ def _holds_tensor(value: object) -> bool:
         return True
     if isinstance(value, Mapping):
         return any(map(_holds_tensor, value.values()))
-    return isinstance(value, Iterable) and not isinstance(value, str) and any(map(_holds_tensor, value))
+    return isinstance(value, (list, tuple)) and any(map(_holds_tensor, value))
 
 
 @torch.compiler.disable
@@ -229,3 +229,6 @@ def _require_softmax_attention(
             f"{float(error.norm() / expected.float().norm()):.2g} from that), which packed tokens cannot reproduce; "
             "use transformers' DynamicCache"
         )
+
+
+loan.register(mikv_attention, "sdpa")  # for models that are loaded with attn_implementation="mikv"

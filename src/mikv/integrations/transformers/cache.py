@@ -26,9 +26,9 @@ logger = logging.getLogger("mikv")
 class MiKVCache(Cache):
     """A KV cache that keeps every token: important ones in high precision, all others in 2 to 4 bits.
 
-    Use it as any transformers cache: `model.generate(**inputs, past_key_values=MiKVCache(model.config))`, from
-    transformers 5.24 on `cache=`. The model's attention is borrowed for the moment of each compressed layer's. Layers
-    that are not full attention (sliding window, linear) keep transformers' own storage.
+    Use it as any transformers cache: `model.generate(**inputs, cache=MiKVCache(model.config))`; before transformers
+    5.24 the argument is `past_key_values`. The model's attention is borrowed for the moment of each compressed layer's.
+    Layers that are not full attention (sliding window, linear) keep transformers' own storage.
 
     A step counts in all layers or in none. If it was interrupted, the next one raises CacheStateError until `crop(0)`
     takes it back, or `reset`; if mikv itself raised, it is taken back already.
