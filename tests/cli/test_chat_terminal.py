@@ -93,7 +93,7 @@ class Terminal:
 @pytest.fixture(scope="module")
 def opened(tiny_folder):
     """One process for all tests, since it starts in seconds."""
-    terminal = Terminal("-m", tiny_folder, "--max-new-tokens", 100)
+    terminal = Terminal("-m", tiny_folder, "--max-new-tokens", 400)
     terminal.see(PROMPT)
     yield terminal
     terminal.close()
@@ -140,7 +140,7 @@ def test_ctrl_c_stops_an_answer_and_the_next_one_comes(chat):
         chat.see(b"\x1b[?2004h")
         time.sleep(0.1 * turn)
         chat.type(b"\x03")
-        assert b" 100 new" not in chat.see(PROMPT)
+        assert b" 400 new" not in chat.see(PROMPT)
     chat.type(b"hi\r")
     chat.tokens_read()
     chat.see(PROMPT)

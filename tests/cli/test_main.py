@@ -115,7 +115,10 @@ def run_script(*arguments, folder):
 def test_the_console_script_reports_errors_in_one_line_without_traceback(tmp_path):
     done = run_script("generate", "hi", "--model", "./nowhere", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: ./nowhere does not exist; pass smollm2, a folder, a .gguf file or a hub id\n"
+    assert (
+        done.stderr
+        == "error: ./nowhere does not exist; pass smollm2, a folder, a .gguf file or a hub id (owner/name)\n"
+    )
 
 
 def test_the_console_script_prints_the_answer_and_one_summary_line(tmp_path, tiny_folder):

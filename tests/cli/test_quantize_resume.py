@@ -23,6 +23,14 @@ COMMANDS = {
 NUM_LAYERS = 14
 
 
+def content(file: Path) -> object:
+    """All bytes; of tensors the header by its names, whose order safetensors leaves to chance."""
+    if file.suffix != ".safetensors":
+        return file.read_bytes()
+    size = int.from_bytes(file.read_bytes()[:8], "little")
+    return json.loads(file.read_bytes()[8 : 8 + size]), file.read_bytes()[8 + size :]
+
+
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("texts") / "text.txt"
@@ -44,7 +52,7 @@ def command(mikv, tiny_folder, tmp_path, text_file):
 @pytest.fixture
 def listing(tmp_path):
     def contents(out="q"):
-        return {file.name: file.read_bytes() for file in (tmp_path / out).iterdir()}
+        return {file.name: content(file) for file in (tmp_path / out).iterdir()}
 
     return contents
 

@@ -151,6 +151,7 @@ def test_tables_of_eval_demo_check_and_sweep():
     finding = SimpleNamespace(task=HOSTILE, criterion=HOSTILE, passed=False, value=1.0, limit=1.0)
     verdict = SimpleNamespace(preset=HOSTILE, skipped=None, findings=[finding], passed=False)
     report = SimpleNamespace(
+        preset="balanced",
         model=HOSTILE,
         samples=1,
         verdicts=[verdict],

@@ -74,13 +74,16 @@ class Carrier(Tensor):
 
 def carriers(keys: Tensor, values: Tensor, layer: CacheLayer, config: PreTrainedConfig) -> tuple[Carrier, Carrier]:
     """Tensors like keys and values (B, G, any, D), but empty, that carry `layer` through the model of `config`."""
-    borrowed = loan.Loan(config, mikv_attention)
-    return _carrier(keys, layer, borrowed), _carrier(values, layer, borrowed)
+    empty = _carrier(keys, layer), _carrier(values, layer)
+    borrowed = loan.Loan(config, mikv_attention)  # last, when nothing can fail any more
+    for each in empty:
+        each.loan = borrowed
+    return empty
 
 
-def _carrier(like: Tensor, layer: CacheLayer, borrowed: loan.Loan) -> Carrier:
+def _carrier(like: Tensor, layer: CacheLayer) -> Carrier:
     empty = like[:, :, :0].as_subclass(Carrier)
-    empty.layer, empty.loan = layer, borrowed
+    empty.layer = layer
     return empty
 
 

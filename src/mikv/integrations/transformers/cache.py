@@ -224,6 +224,7 @@ class MiKVCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that count in all layers, padding included: those of an interrupted step do not."""
+        loan.heal(self._model_config)
         if self._step is not None and not self._step.is_whole:
             return self._step.length
         self._require_whole()
@@ -275,7 +276,9 @@ class MiKVCache(Cache):
         self._changing = None
 
     def reset(self) -> None:
-        self.layers = self._make_layers()  # a reset of transformers 5.16 leaves its own layers unusable
+        for index in self._compressed:
+            self.layers[index].discard()
+        self.layers: list[Any] = self._make_layers()  # a reset of transformers 5.16 leaves its own layers unusable
         self._adopt_layers()
         self._forget_step()
 

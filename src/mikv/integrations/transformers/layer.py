@@ -13,6 +13,7 @@ from mikv.cache.layer import TwoTierLayer
 from mikv.cache.warm_up import ExactAttention
 from mikv.errors import CacheStateError, UnsupportedModelError
 from mikv.integrations.transformers import attention, compiled
+from mikv.integrations.transformers.loan import Loan
 from mikv.ops import AttentionOptions
 
 
@@ -49,12 +50,13 @@ class MiKVLayer(CacheLayerMixin):
         self.layer_idx = layer_idx
         self.pending: tuple[Tensor, Tensor] | None = None
         self.handle = compiled.register(self)
+        self.loan: Loan | None = None  # of the model's attention, for the step under way
         self.owner: Callable[[], Owner | None] = _nobody
         self.wants_proof = not config.keeps_everything_exact
         self._model_config = model_config
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"owner": _nobody, "handle": None, "pending": None}
+        return self.__dict__ | {"owner": _nobody, "handle": None, "pending": None, "loan": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -82,7 +84,9 @@ class MiKVLayer(CacheLayerMixin):
             self.device = key_states.device
             self.tokens.to(self.device)
         self.pending = (key_states, value_states)
-        return attention.carriers(key_states, value_states, self, self._model_config)
+        keys, values = attention.carriers(key_states, value_states, self, self._model_config)
+        self.loan = keys.loan
+        return keys, values
 
     def attend(
         self,
@@ -159,6 +163,8 @@ class MiKVLayer(CacheLayerMixin):
     def discard(self) -> None:
         """Take back a step that does not count yet."""
         self.pending = None
+        if self.loan is not None:
+            self.loan.give_back()
         self.tokens.discard()
 
     def reset(self) -> None:

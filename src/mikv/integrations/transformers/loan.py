@@ -8,8 +8,9 @@ what to do: the attention function gives it back and computes what is not ours w
 
 import sys
 from functools import partial
-from threading import RLock
+from threading import Lock
 from typing import Any
+from weakref import ref
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
@@ -68,9 +69,9 @@ def own_function(own: str, module: torch.nn.Module) -> Any:
 
 
 class Loan:
-    """A configuration that is borrowed until `give_back`, or until nobody holds the loan any more."""
+    """A configuration that is borrowed until `give_back`, or until `heal` finds that nobody holds the loan any more."""
 
-    __slots__ = ("config",)
+    __slots__ = ("__weakref__", "config")
 
     def __init__(self, config: PreTrainedConfig, attention_function: Any) -> None:
         self.config: PreTrainedConfig | None = None
@@ -78,29 +79,31 @@ class Loan:
             return
         with _LOCK:
             borrowed = register(attention_function, own_name(config))
-            _LENT.setdefault(id(config), set()).add(id(self))
+            _LENT[id(config)] = [*_held(config), ref(self)]
             self.config = config
             put(config, borrowed)
 
     def give_back(self) -> None:
         """Let the model have its own implementation again, unless another thread has borrowed it, too."""
         config, self.config = self.config, None
-        if config is None:
-            return
-        with _LOCK:
-            loans = _LENT.get(id(config), set())
-            loans.discard(id(self))
-            if not loans:
-                _LENT.pop(id(config), None)
-                put(config, own_name(config))
-
-    __del__ = give_back
+        if config is not None:
+            heal(config)
 
 
 def heal(config: PreTrainedConfig) -> None:
-    """Give back what an interrupted step has left borrowed."""
-    if config._attn_implementation.startswith(_PREFIX) and id(config) not in _LENT:
-        put(config, own_name(config))
+    """Give back a configuration that nobody holds any more: after its attention, or after a step was interrupted."""
+    if not config._attn_implementation.startswith(_PREFIX):
+        return
+    with _LOCK:
+        held = _LENT[id(config)] = _held(config)
+        if not held:
+            del _LENT[id(config)]
+            put(config, own_name(config))
+
+
+def _held(config: PreTrainedConfig) -> list["ref[Loan]"]:
+    """The loans of a configuration that are neither given back nor gone."""
+    return [loan for loan in _LENT.get(id(config), []) if (held := loan()) is not None and held.config is config]
 
 
 def put(config: PreTrainedConfig, name: str) -> None:
@@ -109,5 +112,7 @@ def put(config: PreTrainedConfig, name: str) -> None:
 
 
 _REGISTERED: set[str] = set()
-_LOCK = RLock()  # the collector may run a loan's end within
-_LENT: dict[int, set[int]] = {}  # the loans of a configuration, all by their ids
+_LOCK = Lock()
+# The loans of a configuration, by its id. Weakly, and without code that runs when they end: there Python would swallow
+# the interruption that ended them.
+_LENT: dict[int, list["ref[Loan]"]] = {}
