@@ -145,7 +145,7 @@ fuzz: $(READY)
 	build/fuzz/mikv_check $(seconds)s $$(od -An -N4 -tu4 /dev/urandom)
 	$(BIN)/python tests/fuzz_saved_caches.py --count $(mutants) --seed $$(od -An -N4 -tu4 /dev/urandom)
 	$(BIN)/python tests/fuzz_native_calls.py --count $(mutants) --seed $$(od -An -N4 -tu4 /dev/urandom)
-	$(BIN)/python tests/quantizer/hostile_folders.py $$(od -An -N4 -tu4 /dev/urandom) $(mutants)
+	PYTHONPATH=tests $(BIN)/python tests/quantizer/hostile_folders.py $$(od -An -N4 -tu4 /dev/urandom) $(mutants)
 
 # The module is built with the tools in .venv and in build/, so that only what has changed is compiled again.
 $(READY): $(VENV)/.tools $(NATIVE)
