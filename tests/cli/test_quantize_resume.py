@@ -13,6 +13,7 @@ import pytest
 from mikv.cli import quantize_stop
 from mikv.errors import MiKVError
 from mikv.integrations.quantizer import journal, quantization
+from saved_files import content
 
 COMMANDS = {
     "refined": ("--bits", 2, "--embeddings"),
@@ -21,14 +22,6 @@ COMMANDS = {
     "nested": ("--nested", "--embeddings", "--calibration", "none"),
 }
 NUM_LAYERS = 14
-
-
-def content(file: Path) -> object:
-    """All bytes; of tensors the header by its names, whose order safetensors leaves to chance."""
-    if file.suffix != ".safetensors":
-        return file.read_bytes()
-    size = int.from_bytes(file.read_bytes()[:8], "little")
-    return json.loads(file.read_bytes()[8 : 8 + size]), file.read_bytes()[8 + size :]
 
 
 @pytest.fixture(scope="module")

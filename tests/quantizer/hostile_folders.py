@@ -1,6 +1,7 @@
 """Mutants of a folder with a quantized model: what disks, editors and attackers do to files. Seeded.
 
-`PYTHONPATH=tests python tests/quantizer/hostile_folders.py SEED COUNT` makes more of them and prints what is not as it should be; `fuzz`
+`PYTHONPATH=tests python tests/quantizer/hostile_folders.py SEED COUNT` makes more of them and prints what is not as it
+should be; `fuzz`
 is the same for tests. A mutant must load to the very same answers, or be refused by an error of mikv, in seconds.
 """
 
