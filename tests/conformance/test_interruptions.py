@@ -145,6 +145,26 @@ def test_every_boundary_between_modules(family: str, error: BaseException) -> No
         assert torch.equal(continuation(model, cache, DEMOTES), expected), name
 
 
+@pytest.mark.parametrize("start", [0, LENGTH])
+def test_states_that_cannot_be_taken_back_are_refused_or_begun_anew(start: int) -> None:
+    """Linear attention writes over its states: crop(0) of a step that some layers have made would leave them ahead."""
+    types = ["full_attention", "linear_attention", "full_attention"]
+    model, config = tiny_model("qwen3-next", num_hidden_layers=3, layer_types=types), packed_config("balanced")
+    expected = feed(model, filled(model, config, 0), 0, LENGTH)
+    cache = filled(model, config, start)
+    handle = failing_at(model.model.layers[-1].self_attn, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, cache, start, start + 10)
+    handle.remove()
+    if start:
+        with pytest.raises(CacheStateError, match=r"call cache\.reset\(\)"):
+            cache.crop(0)
+        cache.reset()
+    else:
+        cache.crop(0)
+    assert torch.equal(feed(model, cache, 0, LENGTH), expected)
+
+
 @pytest.mark.parametrize("operation", ["crop", "reorder_cache", "batch_repeat_interleave"])
 def test_an_operation_on_some_layers_only_is_noticed(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")

@@ -218,7 +218,11 @@ class MiKVCache(Cache):
     def fail(self) -> None:
         """Take the step back that an error has ended, if that can be."""
         step = self._step
-        if step is not None and not step.is_whole and (step.is_revocable or not step.length):
+        if step is None or step.is_whole:
+            return
+        if not step.length:
+            self.reset()
+        elif step.is_revocable:
             step.take_back(self.layers)
             self._step = None
 

@@ -34,7 +34,8 @@ class Step:
         self.length = max(lengths, default=0)
         self.begun: set[int] = set()
         self.made: set[int] = set()
-        self.is_revocable = True
+        # states of linear attention are written over, and nobody has the old ones
+        self.is_revocable = not any(hasattr(layer, "conv_states") for layer in layers)
         self._former: dict[int, Any] = {}
 
     @property
@@ -66,5 +67,3 @@ class Step:
             if not isinstance(layer, MiKVLayer):
                 continue
             layer.discard()
-            if not self.length:
-                layer.reset()
